@@ -289,6 +289,7 @@ class LanguageModel:
         *,
         k: int | None = None,
         demonstrations: str = "knn",
+        demonstration_sets: int = 1,
         embedding: Literal["tfidf", "hidden", "file"] = "tfidf",
         embedding_file: str = "",
         per_token: bool = True,
@@ -316,6 +317,8 @@ class LanguageModel:
             holdout: trusted examples, for the scores that compare with them.
             k: demonstrations of ica (default 3), own answers shown by sppl (default 2).
             demonstrations: of ica: knn, clustered:K, fixed or random.
+            demonstration_sets: of ica: disjoint sets of k demonstrations; scores are means over them, with
+                `standard_errors`.
             embedding: of ica: vectors by which demonstrations are near: of words, of hidden states, or of a file.
             embedding_file: of ica, with embedding="file": parquet or JSON lines with an `id` and an `embedding`, a list
                 of numbers, for each example and each of the holdout.
@@ -349,6 +352,7 @@ class LanguageModel:
         options = scoring.ScoreOptions(
             k=k,
             demonstrations=demonstrations,
+            demonstration_sets=demonstration_sets,
             embedding=embedding,
             embedding_file=embedding_file,
             per_token=per_token,

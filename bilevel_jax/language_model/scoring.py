@@ -51,6 +51,8 @@ class Scores(NamedTuple):
     """Of the examples, in their order."""
     notes: tuple[str, ...]
     """What a person should know of these scores."""
+    standard_errors: Values | None = None
+    """Of each value, of ica with several sets of demonstrations: how much it depends on which were shown."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class ScoreOptions:
 
     k: int | None = None
     demonstrations: str = "knn"
+    demonstration_sets: int = 1
     embedding: str = "tfidf"
     embedding_file: str = ""
     per_token: bool = True
@@ -85,8 +88,8 @@ class ScoreJob(NamedTuple):
     progress: bool
 
 
-ScoreResult = tuple[Values, tuple[str, ...]]
-"""(values, notes)."""
+ScoreResult = tuple[Values, tuple[str, ...]] | likelihoods.LikelihoodScore
+"""(values, notes), of some scores with standard errors."""
 
 
 class ScoreKind(NamedTuple):
@@ -108,7 +111,8 @@ def score(
     _check_options(name, kind, options, holdout is not None)
     candidates = lm.read(examples)
     held_out = lm.read(holdout, name="holdout") if holdout is not None else []
-    values, notes = kind.compute(ScoreJob(lm, candidates, held_out, options, progress))
+    result = kind.compute(ScoreJob(lm, candidates, held_out, options, progress))
+    values, notes = result[:2]
     values = np.where(np.isfinite(values), values, np.nan)
     missing = int(np.isnan(values).sum())
     if missing == len(values):
@@ -116,7 +120,8 @@ def score(
     if missing:
         first = candidates[int(np.flatnonzero(np.isnan(values))[0])].where
         notes = (*notes, f"{missing:,} of {len(values):,} examples have no {name}, the first {first}.")
-    return Scores(name, values, tuple(example.id for example in candidates), tuple(notes))
+    standard_errors = result.standard_errors if isinstance(result, likelihoods.LikelihoodScore) else None
+    return Scores(name, values, tuple(example.id for example in candidates), tuple(notes), standard_errors)
 
 
 # ---- one function for each score
@@ -252,7 +257,17 @@ SCORES: dict[str, ScoreKind] = {
     "random": ScoreKind(partial(compute_plan, score_fn=lambda job: random_score(job.options.seed)), ("seed",)),
     "ica": ScoreKind(
         compute_ica,
-        ("k", "demonstrations", "embedding", "embedding_file", "per_token", "max_similarity", *TEMPLATES, "seed"),
+        (
+            "k",
+            "demonstrations",
+            "demonstration_sets",
+            "embedding",
+            "embedding_file",
+            "per_token",
+            "max_similarity",
+            *TEMPLATES,
+            "seed",
+        ),
         takes_holdout=True,
     ),
     "oneshot": ScoreKind(compute_one_shot, ("anchors", "max_similarity", *TEMPLATES, "seed"), takes_holdout=True),
@@ -334,6 +349,7 @@ def _scores_section(options: ScoreOptions) -> ScoresSection:
     return ScoresSection(
         k=3 if options.k is None else options.k,
         demonstrations=options.demonstrations,
+        demonstration_sets=options.demonstration_sets,
         embedding=options.embedding,  # type: ignore[arg-type]
         embedding_file=options.embedding_file,
         per_token=options.per_token,
@@ -362,7 +378,7 @@ def _check_options(name: str, kind: ScoreKind, options: ScoreOptions, has_holdou
         raise ValueError(f"the score {name!r} compares with a holdout: give trusted examples as the third argument.")
     if has_holdout and not kind.takes_holdout:
         raise ValueError(f"the score {name!r} reads no holdout. Leave it out.")
-    for count in ("anchors", "batch_size", "max_new_tokens"):
+    for count in ("demonstration_sets", "anchors", "batch_size", "max_new_tokens"):
         check_count(count, getattr(options, count))
     check_count("seed", options.seed, least=0)
     if options.k is not None:

@@ -72,6 +72,16 @@ def demonstration_selector(
     return choose
 
 
+def split_into_sets(choose: DemonstrationSelector, num_sets: int) -> list[DemonstrationSelector]:
+    """Choices of disjoint sets: of the num_sets * k examples that `choose` ranks first, set j has every num_sets-th
+    from place j on, so no set has the better ones; -1 where there are no more."""
+
+    def choose_set(place: int) -> DemonstrationSelector:
+        return lambda candidates, holdout, k: choose(candidates, holdout, num_sets * k)[:, place::num_sets]
+
+    return [choose_set(place) for place in range(num_sets)]
+
+
 def check_holdout_size(holdout: TokenizedExamples, k: int) -> None:
     """Raises ValueError unless k rows of the holdout can be shown."""
     usable = int(holdout.is_kept.sum())

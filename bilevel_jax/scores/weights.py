@@ -2,6 +2,7 @@
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.stats import rankdata
 
 from bilevel_jax.core.types import PADDING
 
@@ -58,6 +59,31 @@ def clipped_minmax_weights(scores: ExampleScores, low: float = 0.05, high: float
     known = scores[np.isfinite(scores)]
     edges = np.quantile(known, [low, high]) if known.size else (0.0, 0.0)
     return minmax_weights(np.clip(scores, *edges))
+
+
+def rank_weights(scores: ExampleScores) -> ExampleScores:
+    """Ranks, as weights: 0 for the least score, 1 for the largest, ties in the middle of their ranks; 0 for nan.
+
+    No outlier moves the others, and every weight between 0 and 1 is given to equally many: half of all examples have
+    more than 1/2, however many are good. Where all scores are equal they say nothing, and every weight is 1.
+
+    Args:
+        scores: nan where an example has none.
+
+    Returns:
+        Weights in [0, 1].
+
+    Raises:
+        ValueError: no finite score.
+
+    Example:
+        >>> rank_weights(np.array([1.0, 2.0, 300.0, np.nan]))
+        array([0. , 0.5, 1. , 0. ])
+    """
+    known = np.isfinite(scores)
+    ranks = np.full(scores.shape, np.nan)
+    ranks[known] = rankdata(scores[known])
+    return minmax_weights(ranks)
 
 
 def batch_minmax_weights(scores: ExampleScores, index: Int[np.ndarray, "*batch"]) -> Float[np.ndarray, "*batch"]:

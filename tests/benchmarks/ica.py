@@ -28,12 +28,16 @@ from bilevel_jax.lm.builtin import scripts
 from bilevel_jax.runs.config.load import TrainConfig, load_config
 from bilevel_jax.runs.stats import auc, mean_interval, rank_correlation
 from bilevel_jax.runs.tasks.builtin import BUILTIN_TASKS, pretrain_builtin_model
+from bilevel_jax.scores.weights import clipped_minmax_weights, rank_weights
 
 NUM_DEMONSTRATIONS = (1, 3, 5, 10)
 REFRESHES = (1, 3, 5, 9)
 CUTS = (50, 75, 90)
 CHOICES = ("knn", "random", "clustered:8", "fixed")
 STEPS, BATCH, LEARNING_RATE = 64, 16, 1e-3
+SETS = {"one of 3": (3, 1), "three of 3": (3, 3)}
+"""k, and the number of sets."""
+WRONG_HOLDOUT = (0.25,)
 OBJECTIVES = {"responses": "sft", "pairs": "dpo"}
 PUBLISHED = {  # win rates against the default, k = 3, R = 1 and no cut, per cent
     "k = 1": 43.5, "k = 5": 48.0, "k = 10": 46.0, "R = 3": 50.7, "R = 5": 52.8, "R = 9": 51.6,
@@ -71,6 +75,15 @@ def measure(folder: Path, *, seeds: int) -> None:
         print(f"{key}: {spread([run[key] for run in gentle])}")
     print(f"\nrank correlation of the scores with those before step 0, responses, {seeds} seeds\n")
     print(format_drift(folder, seeds))
+    for share in WRONG_HOLDOUT:
+        runs = [
+            stored(
+                folder / f"robust-{share}-{seed}.json", lambda s=seed, w=share: measure_robustness(folder, model, s, w)
+            )
+            for seed in range(seeds)
+        ]
+        print(f"\nrobust scoring, responses, {share:.0%} of validation by the wrong key, {seeds} seeds\n")
+        print(format_robustness(runs))
 
 
 def stored(path: Path, compute: Callable[[], Cell]) -> Cell:
@@ -151,6 +164,65 @@ def measure_gentle(folder: Path, model: LanguageModel, seed: int) -> Cell:
         ),
         "Spearman with one step": rank_correlation(exact, model.score("alignment", rows, validation).values),
     }
+
+
+def measure_robustness(folder: Path, model: LanguageModel, seed: int, wrong_share: float) -> Cell:
+    """Sets of demonstrations and maps to weights, where some of validation follow the wrong key."""
+    made = scripts.write_scripts_data(folder / f"data-responses-{seed}", seed=seed, lessons=0)
+    train_rows, validation, test = (read_rows(made / f"{part}.jsonl") for part in ("train", "validation", "test"))
+    for row in validation[: round(wrong_share * len(validation))]:
+        row["response"] = _other_response(row)
+    right = np.array([row["label"] == "clean" for row in train_rows])
+    cell: Cell = {}
+    for described, (k, num_sets) in SETS.items():
+        scores = [
+            model.score(
+                "ica", train_rows, validation, k=k, demonstration_sets=num_sets, demonstrations=name, seed=other
+            )
+            for name, other in (("knn", seed), ("random", seed), ("random", seed + 100))
+        ]
+        errors = [score.standard_errors for score in scores]
+        weights = {
+            "min-max": minmax(scores[0].values),
+            "quantiles": clipped_minmax_weights(scores[0].values),
+            "ranks": rank_weights(scores[0].values),
+        }
+        differences = np.abs(scores[1].values - scores[2].values)
+        cell[described] = {
+            "auc": auc(scores[0].values, right),
+            "auc, random": auc(scores[1].values, right),
+            "repeats": rank_correlation(scores[1].values, scores[2].values),
+            "covered": None if errors[1] is None else float(
+                (differences <= 2 * np.hypot(errors[1], errors[2])).mean()
+            ),
+            "arms": {
+                name: judge(
+                    model.finetune(
+                        train_rows, test, optax.adamw(LEARNING_RATE, eps_root=1e-12), steps=STEPS, batch_size=BATCH,
+                        solver=None, weights=one / one.mean(), seed=seed,
+                    ),
+                    test,
+                )
+                for name, one in weights.items()
+            },
+        }  # fmt: skip
+    return cell
+
+
+def format_robustness(runs: list[Cell]) -> str:
+    """The table of robust scoring as markdown."""
+    lines = [
+        "| sets of demonstrations | AUC, knn | AUC, random | Spearman of two random draws "
+        "| differences within 2 standard errors | test loss: min-max | quantiles | ranks |",
+        "|---" * 8 + "|",
+    ]
+    for num_sets in SETS:
+        columns = [spread([run[num_sets][key] for run in runs]) for key in ("auc", "auc, random", "repeats")]
+        covered = [run[num_sets]["covered"] for run in runs]
+        columns.append("" if covered[0] is None else spread(covered))
+        columns += [spread([run[num_sets]["arms"][name]["loss"] for run in runs]) for name in runs[0][num_sets]["arms"]]
+        lines.append(f"| {num_sets} | {' | '.join(columns)} |")
+    return "\n".join(lines)
 
 
 def format_drift(folder: Path, seeds: int) -> str:

@@ -83,7 +83,7 @@ RUNS = {
     "train, reducible": ("train", "--weights.score reducible --weights.refresh 2 --weights.mean-one"),
     "train, ica": ("train", "--weights.score ica --weights.refresh 2"),
     "train, oneshot": ("train", "--weights.score oneshot"),
-    "train, alignment": ("train", "--weights.score alignment --weights.scaling examples"),
+    "train, alignment": ("train", "--weights.score alignment --weights.scaling ranks"),
     "train, streaming": ("train", "--data.streaming --data.shuffle-buffer 5 --train.max-steps 6"),
     "train, streaming, two epochs, weights of a file": (
         "train",

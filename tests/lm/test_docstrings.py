@@ -38,7 +38,7 @@ WITH_EXAMPLES = {  # what a newcomer calls first
     "bilevel_jax.scores.random": ["random_score"],
     "bilevel_jax.scores.selfsimilarity": ["response_similarity"],
     "bilevel_jax.scores.strategies": ["alignment_score", "car_score"],
-    "bilevel_jax.scores.weights": ["minmax_weights", "clipped_minmax_weights", "batch_minmax_weights"],
+    "bilevel_jax.scores.weights": ["minmax_weights", "clipped_minmax_weights", "rank_weights", "batch_minmax_weights"],
 }
 
 

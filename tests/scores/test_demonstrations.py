@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bilevel_jax.scores import embedding
-from bilevel_jax.scores.demonstrations import demonstration_selector, iterate_near_duplicates
+from bilevel_jax.scores.demonstrations import demonstration_selector, iterate_near_duplicates, split_into_sets
 from bilevel_jax.scores.requests import take_examples
 from tests.scores.toy import rows
 
@@ -15,6 +15,14 @@ NAMES = ["knn", "clustered:2", "fixed", "random"]
 def test_nearest_first():
     found = demonstration_selector("knn")(rows(("name a pet now", "x"), ("is wine red", "x")), HOLDOUT, 2)
     assert found[0].tolist() == [0, 1] and found[1, 0] == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sets_share_the_best_between_them(name):
+    some, choose = rows(("name a cat", "x"), ("is wine red", "x")), demonstration_selector(name)
+    one, other = (choose_set(some, HOLDOUT, 2) for choose_set in split_into_sets(choose, 2))
+    np.testing.assert_array_equal(np.stack([one, other], axis=2).reshape(2, 4), choose(some, HOLDOUT, 4))
+    np.testing.assert_array_equal(split_into_sets(choose, 1)[0](some, HOLDOUT, 3), choose(some, HOLDOUT, 3))
 
 
 @pytest.mark.parametrize("name", NAMES)

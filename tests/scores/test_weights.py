@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bilevel_jax.core.types import PADDING
-from bilevel_jax.scores.weights import batch_minmax_weights, clipped_minmax_weights, minmax_weights
+from bilevel_jax.scores.weights import batch_minmax_weights, clipped_minmax_weights, minmax_weights, rank_weights
 
 SCORES = np.array([-1.0, 3.0, 1.0, np.nan, 100.0, 0.0])
 
@@ -23,6 +23,15 @@ def test_clipped_quantiles_bound_an_outlier():
     for low, high in ((0.5, 0.5), (-0.1, 1), (0, 1.1)):
         with pytest.raises(ValueError, match="two with 0 <= low < high <= 1 are wanted"):
             clipped_minmax_weights(SCORES, low, high)
+
+
+def test_ranks_know_no_outlier():
+    np.testing.assert_array_equal(rank_weights(SCORES), [0, 0.75, 0.5, 0, 1, 0.25])
+    np.testing.assert_array_equal(rank_weights(np.exp(SCORES)), rank_weights(SCORES))  # any rising function
+    np.testing.assert_array_equal(rank_weights(np.array([3.0, 1.0, 3.0, 5.0])), [0.5, 0, 0.5, 1])
+    np.testing.assert_array_equal(rank_weights(np.array([2.0, np.nan, 2.0])), [1, 0, 1])
+    with pytest.raises(ValueError, match="none of 1 scores is a finite number"):
+        rank_weights(np.array([np.nan]))
 
 
 def test_by_batch_is_over_the_whole_step_however_it_is_cut():

@@ -60,9 +60,15 @@ def scores_table(run: RunResults) -> Table:
     """A line for each time that the scores were computed."""
     records = run.result["scoring"]["records"]
     has_labels = any(record["auc"] is not None for record in records)
+    has_errors = any(record.get("standard_error") is not None for record in records)
     return make_table(
         Column("before step", [record["step"] for record in records]),
         *(Column(key, [record[key] for record in records], "score") for key in ("least", "median", "largest")),
+        *(
+            [Column("standard error", [record.get("standard_error") for record in records], "median over the examples")]
+            if has_errors
+            else []
+        ),
         Column("with the first", [record["with_first"] for record in records], "rank correlation"),
         Column("with the previous", [record["with_previous"] for record in records], "rank correlation"),
         *([Column("AUC", [record["auc"] for record in records], "of the labels")] if has_labels else []),

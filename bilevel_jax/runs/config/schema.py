@@ -312,8 +312,8 @@ class WeightsSection:
     refresh: Annotated[int, Ge(1), Special(1, "at the start only")] = 1
     """score: how many times it is computed, equally spaced over the run; 1: at the start only."""
 
-    scaling: Literal["batch", "examples", "quantiles"] = "batch"
-    """score: map to weights from 0 to 1 by min-max over each batch (batch) or all examples (examples, quantiles)."""
+    scaling: Literal["batch", "examples", "quantiles", "ranks"] = "batch"
+    """score: weights from 0 to 1, by min-max over each batch or all examples (examples, quantiles), or by ranks."""
 
     quantile: Annotated[float, Interval(ge=0, lt=0.5)] = 0.05
     """scaling=quantiles: share of the examples at each end that gets weight 0 or 1."""
@@ -350,6 +350,9 @@ class ScoresSection:
 
     demonstrations: str = "knn"
     """ica: choice of demonstrations: knn (nearest), clustered:K (of the example's cluster among K), fixed or random."""
+
+    demonstration_sets: Count = 1
+    """ica: disjoint sets of k demonstrations; scores are means over them, with standard errors in scores.parquet."""
 
     embedding: Literal["tfidf", "hidden", "file"] = "tfidf"
     """ica: vectors for nearness: tfidf (words), hidden (mean hidden states of the model) or those of embedding_file."""

@@ -26,7 +26,7 @@ from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.from_file import load_embeddings
 from bilevel_jax.runs.tasks.text import TextTask
 from bilevel_jax.scores import incontext, oneshot
-from bilevel_jax.scores.demonstrations import demonstration_selector
+from bilevel_jax.scores.demonstrations import demonstration_selector, split_into_sets
 from bilevel_jax.scores.embedding import given_vectors, hidden_states, tfidf
 from bilevel_jax.scores.random import hash_to_int
 from bilevel_jax.scores.requests import (
@@ -54,6 +54,17 @@ class ScoreResult(NamedTuple):
     """Its work, in training steps: a forward and a backward pass over one batch; a forward pass alone is a third."""
     notes: tuple[str, ...] = ()
     """What a person should know of these scores."""
+    standard_errors: Float[np.ndarray, "examples"] | None = None
+    """Of each value, over several sets of demonstrations; None for one set, and of scores that show none."""
+
+
+class LikelihoodScore(NamedTuple):
+    """A score by answers of a language model."""
+
+    values: Float[np.ndarray, "examples"]
+    notes: tuple[str, ...]
+    standard_errors: Float[np.ndarray, "examples"] | None = None
+    """As of `ScoreResult`."""
 
 
 class ResumableEngine:
@@ -139,8 +150,8 @@ def _cached_engine(decoder: Decoder, mesh: Mesh, session: Session) -> CountingEn
 def compute_ica(task: TextTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
     """`ica_score` with validation as the holdout."""
     model, (train_rows, holdout) = TaskLikelihoods(task, params, session), train_and_validation_rows(task)
-    values, notes = ica_values(train_rows, holdout, model, task.tokenizer, task.decoder, model.params, settings)
-    return ScoreResult(values, model.passes, notes)
+    score = ica_values(train_rows, holdout, model, task.tokenizer, task.decoder, model.params, settings)
+    return ScoreResult(score.values, model.passes, score.notes, score.standard_errors)
 
 
 def check_embeddings(settings: ScoresSection, *parts: Sequence[Example]) -> None:
@@ -152,8 +163,8 @@ def check_embeddings(settings: ScoresSection, *parts: Sequence[Example]) -> None
 def compute_one_shot(task: TextTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
     """`oneshot_score` with scores.anchors validation examples as the holdout."""
     model, (train_rows, holdout) = TaskLikelihoods(task, params, session), train_and_validation_rows(task)
-    values, notes = one_shot_values(train_rows, holdout, model, task.tokenizer, task.architecture.max_length, settings)
-    return ScoreResult(values, model.passes, notes)
+    score = one_shot_values(train_rows, holdout, model, task.tokenizer, task.architecture.max_length, settings)
+    return ScoreResult(score.values, model.passes, score.notes)
 
 
 def ica_values(
@@ -164,33 +175,58 @@ def ica_values(
     decoder: Decoder,
     params: Params,
     settings: ScoresSection,
-) -> tuple[Float[np.ndarray, "examples"], tuple[str, ...]]:
-    """(`ica_score` of the candidates, notes); `params` are the whole ones, read for embedding = hidden alone."""
+) -> LikelihoodScore:
+    """`ica_score` of the candidates; `params` are the whole ones, read for embedding = hidden alone.
+
+    With several sets of demonstrations the mean over them, and its standard error: how much a score depends on which of
+    the holdout was shown. It does not tell what another holdout would say.
+    """
     embedding = {
         "tfidf": lambda: tfidf,
         "hidden": lambda: hidden_states(decoder, params, fetch=fetch_to_host),
         "file": lambda: given_vectors(load_embeddings(settings.embedding_file).rows),
     }[settings.embedding]()
 
-    def make_score(demonstrations: str) -> incontext.ScoreFn:
-        demonstration_choice = demonstration_selector(
+    num_sets, usable = settings.demonstration_sets, int(holdout.is_kept.sum())
+    if num_sets > 1 and usable < num_sets * settings.k:
+        raise ValueError(
+            f"{usable} holdout rows, and scores.demonstration_sets = {num_sets} disjoint sets of k = {settings.k} take "
+            f"{num_sets * settings.k}. Give more holdout rows, fewer sets, or a smaller k."
+        )
+
+    def make_scores(demonstrations: str, num_sets: int) -> list[incontext.ScoreFn]:
+        choose = demonstration_selector(
             demonstrations, embedding=embedding, max_similarity=settings.max_similarity, seed=settings.seed
         )
-        return incontext.ica_score(
-            _prompt_format(tokenizer, settings), demonstration_choice, max_length=decoder.config.max_length,
-            k=settings.k, per_token_mean=settings.per_token,
-        )  # fmt: skip
+        return [
+            incontext.ica_score(
+                _prompt_format(tokenizer, settings), choose_set, max_length=decoder.config.max_length, k=settings.k,
+                per_token_mean=settings.per_token,
+            )
+            for choose_set in split_into_sets(choose, num_sets)
+        ]  # fmt: skip
 
-    plan = make_score(settings.demonstrations)(candidates, holdout)
-    values = plan.combine(loglik_fn(plan.requests))
-    notes = _shortage_notes(plan, candidates, "demonstrations")
+    plans = [make_score(candidates, holdout) for make_score in make_scores(settings.demonstrations, num_sets)]
+    answers = loglik_fn([request for plan in plans for request in plan.requests])  # at once, so that a stop loses none
+    ends = np.cumsum([len(plan.requests) for plan in plans]).tolist()
+    by_set = np.stack(
+        [plan.combine(answers[end - len(plan.requests) : end]) for plan, end in zip(plans, ends, strict=True)]
+    )
+    values = by_set.mean(0)
+    standard_errors = by_set.std(0, ddof=1) / np.sqrt(num_sets) if num_sets > 1 else None
+    notes = tuple(dict.fromkeys(note for plan in plans for note in _shortage_notes(plan, candidates, "demonstrations")))
+    if standard_errors is not None and np.isfinite(values).any():
+        notes += (
+            f"standard errors over {num_sets} sets of demonstrations: median {np.nanmedian(standard_errors):.3g}; the "
+            f"scores of the rows have a standard deviation of {np.nanstd(values):.3g}.",
+        )
     sample = min(AGREEMENT_SAMPLE_SIZE, int(candidates.is_kept.sum()) // 10)
     if settings.demonstrations != "knn" and sample >= 10:
         correlation = incontext.measure_rank_agreement(
-            values, make_score("knn"), candidates, holdout, loglik_fn, sample_size=sample, seed=settings.seed
+            values, make_scores("knn", 1)[0], candidates, holdout, loglik_fn, sample_size=sample, seed=settings.seed
         )
         notes += (f"rank correlation with demonstrations = knn on {sample} rows: {correlation:.3f}.",)
-    return values, notes
+    return LikelihoodScore(values, notes, standard_errors)
 
 
 def one_shot_values(
@@ -200,8 +236,8 @@ def one_shot_values(
     tokenizer: Tokenizer,
     max_length: int,
     settings: ScoresSection,
-) -> tuple[Float[np.ndarray, "examples"], tuple[str, ...]]:
-    """(`oneshot_score` of the candidates on scores.anchors examples of the holdout, notes)."""
+) -> LikelihoodScore:
+    """`oneshot_score` of the candidates on scores.anchors examples of the holdout."""
     usable_indices = np.flatnonzero(holdout.is_kept)
     anchors = sorted(usable_indices, key=lambda j: hash_to_int(holdout.examples[int(j)].id, settings.seed))[
         : settings.anchors
@@ -211,7 +247,7 @@ def one_shot_values(
     )
     plan = score(candidates, take_examples(holdout, np.sort(np.array(anchors))))
     values = plan.combine(loglik_fn(plan.requests))
-    return values, _shortage_notes(plan, candidates, "rows of validation to be judged by")
+    return LikelihoodScore(values, _shortage_notes(plan, candidates, "rows of validation to be judged by"))
 
 
 def train_and_validation_rows(task: TextTask) -> tuple[TokenizedExamples, TokenizedExamples]:

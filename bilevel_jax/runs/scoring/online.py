@@ -19,12 +19,13 @@ from bilevel_jax.runs.scoring.scores import (
 from bilevel_jax.runs.stats import rank_correlation
 from bilevel_jax.runs.tasks.evaluation import read_labels
 from bilevel_jax.runs.tasks.text import TextTask
-from bilevel_jax.scores.weights import batch_minmax_weights, clipped_minmax_weights
+from bilevel_jax.scores.weights import batch_minmax_weights, clipped_minmax_weights, rank_weights
 
 SCALING_DESCRIPTIONS = {
     "batch": "min-max over the examples of each step",
     "examples": "min-max over all examples",
     "quantiles": "min-max over all examples, cut at two quantiles",
+    "ranks": "ranks over all examples",
 }
 
 
@@ -174,6 +175,7 @@ class Reweighting:
                     ),
                     "with_previous": _score_correlation(previous_values, values),
                     "auc": self._label_auc(scored.values),
+                    "standard_error": _median_standard_error(scored, indices),
                     "passes": scored.passes,
                     "seconds": scored.seconds,
                     "notes": list(scored.notes),
@@ -208,7 +210,7 @@ def plan_refresh_steps(steps: int, count: int) -> tuple[int, ...]:
 def scale_over_examples(scores: Float[np.ndarray, "examples"], config: WeightsSection) -> Float[np.ndarray, "examples"]:
     """Scores to weights over all rows at once, as the scale says; 0 for a row without a score."""
     cut = config.quantile if config.scaling == "quantiles" else 0.0
-    weights = clipped_minmax_weights(scores, cut, 1 - cut)
+    weights = rank_weights(scores) if config.scaling == "ranks" else clipped_minmax_weights(scores, cut, 1 - cut)
     return weights / weights.mean() if config.mean_one else weights
 
 
@@ -222,6 +224,10 @@ def _score_correlation(
 ) -> float | None:
     value = np.nan if first is None else rank_correlation(fill_missing_scores(first), fill_missing_scores(second))
     return None if np.isnan(value) else value
+
+
+def _median_standard_error(scores: ExampleScores, indices: Int[np.ndarray, "chosen"]) -> float | None:
+    return None if scores.standard_errors is None else float(np.nanmedian(scores.standard_errors[indices]))
 
 
 def _format_record(record: dict[str, Any]) -> str:

@@ -36,6 +36,8 @@ from bilevel_jax.scores.margin import el2n, token_el2n
 from bilevel_jax.scores.random import hash_to_int
 
 SCORES_FILE = "scores.parquet"
+STANDARD_ERROR_SUFFIX = "_standard_error"
+"""Of the column beside a score that is a mean over several sets of demonstrations."""
 
 
 class ExampleScores(NamedTuple):
@@ -49,6 +51,8 @@ class ExampleScores(NamedTuple):
     """With compilation, which the first call of a shape pays."""
     notes: tuple[str, ...] = ()
     """What a person should know of these scores."""
+    standard_errors: Float[np.ndarray, "examples"] | None = None
+    """Over several sets of demonstrations; in scores.parquet the column of the score's name with `_standard_error`."""
 
 
 ScoreFunction = Callable[[Task, Params, ScoresSection, Session], ScoreResult]
@@ -84,7 +88,7 @@ def compute_score(name: str, task: Task, params: Params, settings: ScoresSection
             *notes,
             f"{len(unscored):,} of {format_count('row', len(indices))} without a finite {name}, the first {first}.",
         )
-    return ExampleScores(values, result.passes, time.monotonic() - start_time, notes)
+    return ExampleScores(values, result.passes, time.monotonic() - start_time, notes, result.standard_errors)
 
 
 def load_or_compute_score(
@@ -99,11 +103,15 @@ def load_or_compute_score(
     if column not in stored.column_names:
         computed = compute_score(name, task, params, settings, session)
         column_metadata = {"score": name, "meaning": SCORE_MEANINGS[name], **computed._asdict()}
-        del column_metadata["values"]
+        del column_metadata["values"], column_metadata["standard_errors"]
         table_metadata = (stored.schema.metadata or {}) | {column.encode(): json.dumps(column_metadata).encode()}
         stored = stored.append_column(
             column, pa.array(computed.values[task.trainable_indices()])
         ).replace_schema_metadata(table_metadata)
+        if computed.standard_errors is not None:
+            stored = stored.append_column(
+                column + STANDARD_ERROR_SUFFIX, pa.array(computed.standard_errors[task.trainable_indices()])
+            )
         run_dir.write_parquet(path, stored)
         stored = read_scores_table(session.folder, task)  # as the first of several processes wrote it
     return get_score(stored, column, task)
@@ -113,9 +121,18 @@ def get_score(stored: pa.Table, column: str, task: Task) -> ExampleScores:
     """A column of `read_scores_table`."""
     indices = task.trainable_indices()
     column_metadata = json.loads(stored.schema.metadata[column.encode()])
-    values = np.full(task.num_examples, np.nan)
-    values[indices] = stored[column].to_numpy()
-    return ExampleScores(values, column_metadata["passes"], column_metadata["seconds"], tuple(column_metadata["notes"]))
+    arrays = []
+    for name in (column, column + STANDARD_ERROR_SUFFIX):
+        if name in stored.column_names:
+            arrays.append(np.full(task.num_examples, np.nan))
+            arrays[-1][indices] = stored[name].to_numpy()
+    return ExampleScores(
+        arrays[0],
+        column_metadata["passes"],
+        column_metadata["seconds"],
+        tuple(column_metadata["notes"]),
+        arrays[1] if len(arrays) > 1 else None,
+    )
 
 
 def warm_start_logits(

@@ -26,6 +26,7 @@ from bilevel_jax.runs.infra import session
 from bilevel_jax.runs.infra.journal import read_journal
 from bilevel_jax.runs.scoring import likelihoods
 from bilevel_jax.runs.scoring.from_file import load_weights as given_weights
+from bilevel_jax.runs.scoring.likelihoods import TaskLikelihoods
 from bilevel_jax.runs.scoring.online import Reweighting
 from bilevel_jax.runs.scoring.scores import (
     SCORE_MEANINGS,
@@ -34,6 +35,7 @@ from bilevel_jax.runs.scoring.scores import (
     ScoreResult,
     check_score_name,
     compute_score,
+    load_or_compute_score,
 )
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.text import prepare_text_task
@@ -284,6 +286,31 @@ def test_ica_is_the_change_of_the_plain_likelihood(made, tmp_path):
     with opened(tmp_path / "other") as work:
         assert np.array_equal(compute_score("ica", task, params, settings, work).values, whole.values)
     assert not kept.exists()
+
+
+def test_several_sets_of_demonstrations_are_averaged(made, tmp_path):
+    """Values and standard errors are those of the sets, asked one by one; the file keeps both."""
+    task, settings = task_of(made, tmp_path), ScoresSection(k=1, demonstration_sets=3)
+    params = jax.tree.map(lambda leaf: leaf + 0.05, task.init_params(0))
+    with opened(tmp_path) as work:
+        found = [load_or_compute_score("ica", "ica", task, params, settings, work) for _ in range(2)]
+        with pytest.raises(ValueError, match=r"4 holdout rows, and scores.demonstration_sets = 3 disjoint .* take 6"):
+            compute_score("ica", task, params, ScoresSection(k=2, demonstration_sets=3), work)
+        (rows_, holdout), model = likelihoods.train_and_validation_rows(task), TaskLikelihoods(task, params, work)
+        chosen = demonstration_selector("knn")(rows_, holdout, 3)
+        form, length = incontext.make_demonstration_format(task.tokenizer), task.architecture.max_length
+        by_set = []
+        for place in range(3):
+            shown = chosen[:, place : place + 1]
+            plan = incontext.ica_score(form, lambda *given, shown=shown: shown, k=1, max_length=length)(rows_, holdout)
+            by_set.append(plan.combine(model(plan.requests)))
+    expected, errors = np.mean(by_set, axis=0), np.std(by_set, axis=0, ddof=1) / np.sqrt(3)
+    assert errors.min() > 1e-4
+    for scores in found:
+        np.testing.assert_allclose(scores.values, expected, atol=2e-6)  # float32
+        np.testing.assert_allclose(scores.standard_errors, errors, atol=2e-6)
+    assert found[0].notes[-1].startswith("standard errors over 3 sets of demonstrations: median ")
+    assert pq.read_table(tmp_path / SCORES_FILE).column_names[-2:] == ["ica", "ica_standard_error"]
 
 
 # ---- whole runs
