@@ -78,7 +78,7 @@ optimizer: {{name: momentum, learning_rate: 0.2, schedule: constant, warmup_step
 train: {{max_steps: 10, global_batch_size: 200}}  # T = 10 steps, 2 epochs
 outer: {{weighting: sigmoid, learning_rate: 0.5, schedule: linear, restart: warm,  # a rate that falls to 0
   proximal: 0.01, window: 3, max_iterations: 4, curvature_batches: 5}}
-single_loop: {{eval_steps: 25}}
+single_loop: {{eval_steps: 25, min_effective_share: 0}}  # one linear model fits all right examples
 compare: {{budget: {BUDGET}, seeds: {SEEDS}}}
 output: {{progress: false}}
 mesh: {{data: 1}}

@@ -87,6 +87,7 @@ __all__ = [
     "geometric_schedule",
     "mixing",
     "penalty",
+    "raise_temperature",
     "replace_reference",
     "share_from_gamma",
 ]
@@ -399,6 +400,7 @@ def bmo(
     temperature: optax.Schedule,
     reference: Reference = "none",
     normalizer_memory: float = 512.0,
+    min_effective_share: float = 0.0,
 ) -> SingleLoop:
     """Multi-objective training: theta follows L_v among the weakly Pareto-optimal models of the training losses.
 
@@ -420,8 +422,14 @@ def bmo(
     an epoch old, but .005 at rest, and it costs O(examples) wherever tau moves. No weight is let above the number of
     examples that the normaliser is measured on, with those of the batch: were the example among them, it could not be.
 
-    Micro-batches are summed in a scan; no work of a step grows with the number of examples. L_v of a validation batch
-    is the mean over its own examples.
+    `min_effective_share` is a floor under the effective sample size of the weights, (sum w)^2 / sum w^2, as a share of
+    the examples: where tau would put the weight on fewer, `raise_temperature` gives the least temperature that does
+    not, by the gaps that each example had when it was last seen. What is separable does not need it: there the gaps of
+    the examples that are fitted tend to 0, and share the weight at any tau. Where each example keeps a loss of its own,
+    as text does, a tau far below the spread of the gaps leaves the few examples that are easiest.
+
+    Micro-batches are summed in a scan; no work of a step grows with the number of examples, but for that floor, which
+    reads their table. L_v of a validation batch is the mean over its own examples.
 
     Estimand: `BMO_ESTIMAND`, as share and tau tend to 0, tau faster (a fixed tau pulls to the mean loss along the
     front).
@@ -442,13 +450,14 @@ def bmo(
         temperature: step -> tau, nats; above 0.
         reference: "none", "snapshot" or a `TrainedReference`.
         normalizer_memory: examples that the running normaliser averages over.
+        min_effective_share: least effective sample size of the weights, as a share of the examples; 0 is no floor.
 
     Returns:
         The method, with states of type `BMOState` and metrics of type `BMOMetrics`.
 
     Raises:
-        ValueError: if `reference` is unknown, the temperature does not start above 0, or the memory, steps or strength
-            are out of range.
+        ValueError: if `reference` is unknown, the temperature does not start above 0, or the memory, share, steps or
+            strength are out of range.
 
     Example:
         >>> problem = bj.weighted(lambda theta, frozen, batch: 0.5 * (theta - batch["data"]) ** 2)
@@ -479,7 +488,17 @@ def bmo(
             f"temperature starts at {float(temperature(0))}, normalizer_memory {normalizer_memory}; give a positive "
             "temperature and no negative memory."
         )
-    method = _BMO(problem, optimizer, num_examples, validation_share, temperature, reference, normalizer_memory)
+    _check_effective_share(min_effective_share)
+    method = _BMO(
+        problem,
+        optimizer,
+        num_examples,
+        validation_share,
+        temperature,
+        reference,
+        normalizer_memory,
+        min_effective_share,
+    )
     return SingleLoop(
         method.init, jax.jit(method.step, donate_argnums=0), method.weights, BMO_ESTIMAND, lambda state: ()
     )
@@ -496,6 +515,7 @@ class _BMO:
     temperature: optax.Schedule
     reference: Reference
     normalizer_memory: float
+    min_effective_share: float
 
     def init(self, params: Params, hyper: Hyper = ()) -> BMOState:
         # buffers of its own: the step donates them
@@ -507,10 +527,9 @@ class _BMO:
 
     def step(self, state: BMOState, frozen: Frozen, train: Batch, validation: Batch) -> tuple[BMOState, BMOMetrics]:
         (params, opt_state, num_steps, _), reference = state.train_state, state.reference
-        temperature = jnp.asarray(self.temperature(num_steps), float)
         share = jnp.asarray(self.validation_share(num_steps), float)
         counts = jnp.where(train["index"] != PADDING, get_multiplicity(train), 0)
-        normalizer, num_kept, num_seen = self._normalizer_before_step(state, frozen, train, temperature, counts)
+        normalizer, num_kept, num_seen = self._normalizer_before_step(state, frozen, train, counts)
         reference, reference_opt_state = self._advance_reference(state, frozen, train, normalizer)
 
         reference_losses = batch_losses(self.problem, reference, frozen, train)
@@ -535,25 +554,37 @@ class _BMO:
             state.last_gaps.at[train["index"]].set(gaps, mode="drop"),
         )
         return new_state, BMOMetrics(
-            train_loss, validation_loss, share, tree.norm(grad), temperature, weights, gaps, merit
+            train_loss, validation_loss, share, tree.norm(grad), normalizer.temperature, weights, gaps, merit
         )
 
     def weights(self, state: BMOState) -> Float[Array, "examples"]:
         """By the gaps that were seen last; 1 for an example that no batch touched. `compute_weights` gives the exact
         table."""
-        temperature = self.temperature(state.train_state.step)
-        return jnp.where(state.last_gaps > -jnp.inf, weights_from_gaps(state.last_gaps, temperature), 1)
+        weights = weights_from_gaps(state.last_gaps, self._temperature(state, state.last_gaps))
+        return jnp.where(state.last_gaps > -jnp.inf, weights, 1)
+
+    def _temperature(self, state: BMOState, gaps: LossGaps) -> Scalar:
+        """tau of the next step: that of the schedule, or what the floor raises it to."""
+        temperature = jnp.asarray(self.temperature(state.train_state.step), float)
+        if self.min_effective_share == 0:
+            return temperature
+        return raise_temperature(gaps, temperature, self.min_effective_share)
 
     def _normalizer_before_step(
-        self, state: BMOState, frozen: Frozen, train: Batch, temperature: Scalar, counts: HyperSlice
+        self, state: BMOState, frozen: Frozen, train: Batch, counts: HyperSlice
     ) -> tuple[WeightNormalizer, Scalar, Scalar]:
         """(the normaliser, the examples that it stands for, those of the batch); measured on the batch in the first
         step."""
-        params, reference = state.train_state.params, state.reference
-        log_normalizer = jax.lax.cond(
+
+        def measure_on_batch() -> tuple[Scalar, Scalar]:
+            gaps = compute_gaps(self.problem, state.train_state.params, state.reference, frozen, train)
+            temperature = self._temperature(state, gaps)
+            return -smooth_merit(gaps, temperature, counts), temperature
+
+        log_normalizer, temperature = jax.lax.cond(
             state.num_measured > 0,
-            lambda: state.log_normalizer,
-            lambda: -smooth_merit(compute_gaps(self.problem, params, reference, frozen, train), temperature, counts),
+            lambda: (state.log_normalizer, self._temperature(state, state.last_gaps)),
+            measure_on_batch,
         )
         num_seen = jnp.sum(counts)
         num_kept = jnp.minimum(state.num_measured, min(self.normalizer_memory, self.num_examples))
@@ -671,6 +702,60 @@ def weights_from_gaps(gaps: LossGaps, temperature: Scalar | float) -> LossGaps:
     return jnp.exp((gaps + smooth_merit(gaps, temperature)) / temperature)
 
 
+def effective_share(gaps: LossGaps, temperature: Scalar | float) -> Scalar:
+    """(sum w)^2 / (N sum w^2) of the weights at a temperature, over the N examples that are there.
+
+    Between 1/N and 1, and larger at a higher temperature.
+    """
+    log_share = 2 * jax.nn.logsumexp(gaps / temperature) - jax.nn.logsumexp(2 * gaps / temperature)
+    return jnp.exp(log_share) / jnp.sum(gaps > -jnp.inf)
+
+
+def raise_temperature(gaps: LossGaps, temperature: Scalar | float, min_effective_share: float) -> Scalar:
+    """The least temperature, from the one given on, whose weights have that effective sample size, by bisection.
+
+    The effective share grows with the temperature. With r the ratio of the least weight to the largest it is at least
+    4 r / (1 + r)^2 (Kantorovich), which bounds the temperature from above; 40 halvings of its logarithm.
+
+    Args:
+        gaps: z of each example, nats; -inf where there is none.
+        temperature: the least temperature, nats.
+        min_effective_share: the least (sum w)^2 / (N sum w^2), at least 0 and below 1.
+
+    Returns:
+        A temperature, nats; that which is given where its weights are spread enough. No derivative passes through.
+
+    Raises:
+        ValueError: if the share is not at least 0 and below 1.
+
+    Example:
+        >>> gaps = jnp.array([0.0, 0.0, -1.0, -1.0])  # the weights of the last two are r = exp(-1 / tau) of the others'
+        >>> temperature = bj.single_loop.raise_temperature(gaps, 0.1, min_effective_share=0.9)
+        >>> round(float(jnp.exp(-1 / temperature)), 3)  # (1 + r)^2 / (2 + 2 r^2) = 0.9
+        0.5
+    """
+    _check_effective_share(min_effective_share)
+    gaps, low = jax.lax.stop_gradient(gaps), jnp.asarray(temperature, float)
+    if min_effective_share == 0:
+        return low
+    spread = gaps.max() - jnp.min(gaps, where=gaps > -jnp.inf, initial=jnp.inf)
+    high = spread / (2 * jnp.arccosh(1 / jnp.sqrt(min_effective_share)))
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = jnp.sqrt(low) * jnp.sqrt(high)
+        is_enough = effective_share(gaps, middle) >= min_effective_share
+        return jnp.where(is_enough, low, middle), jnp.where(is_enough, middle, high)
+
+    raised = jax.lax.fori_loop(0, 40, halve, (low, jnp.maximum(low, high)))[1]
+    return jnp.where(effective_share(gaps, low) >= min_effective_share, low, raised)
+
+
+def _check_effective_share(share: float) -> None:
+    if not 0 <= share < 1:
+        raise ValueError(f"min_effective_share is {share}; give a share of the examples, at least 0 and below 1.")
+
+
 def compute_weights(
     problem: Problem,
     params: Params,
@@ -679,6 +764,7 @@ def compute_weights(
     stream: Stream,
     num_examples: int,
     temperature: float,
+    min_effective_share: float = 0.0,
 ) -> Float[Array, "examples"]:
     """The weight of every example at the end of `bmo`, by one pass over a stream that gives each example (at least)
     once.
@@ -693,6 +779,7 @@ def compute_weights(
         stream: of all training examples.
         num_examples: the length of the table.
         temperature: tau, nats.
+        min_effective_share: raise tau until the weights have that effective sample size, as a share of the examples.
 
     Returns:
         float[examples], mean 1 over the examples that the stream gives, 0 for the others.
@@ -707,7 +794,7 @@ def compute_weights(
     gap_table = jnp.full(num_examples, -jnp.inf, float)
     for index in range(stream.steps):
         gap_table = _record_gaps(problem, gap_table, params, reference, frozen, stream.batch(index))
-    return weights_from_gaps(gap_table, temperature)
+    return weights_from_gaps(gap_table, raise_temperature(gap_table, temperature, min_effective_share))
 
 
 @partial(jax.jit, static_argnames="problem", donate_argnums=1)

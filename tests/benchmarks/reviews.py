@@ -26,6 +26,8 @@ from bilevel_jax.runs.config.load import SelectConfig, load_config
 from tests.benchmarks.recommendation import read_dev_losses, read_lines
 from tests.runs.problems_lm import MODEL, with_headroom
 
+OWN = "own"
+"""The model that a single-loop method trains itself, with the validation examples."""
 SIMPLE = (
     "uniform", "oracle", "low_loss", "low_loss_dev", "top_alignment", "validation", "validation_early_stop",
     "validation_model",
@@ -36,6 +38,11 @@ RUNS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "learned with folds": ([*ALONE, "--outer.validation-folds", "4"], ("learned+validation",)),
     "pooled": (["--outer.estimate", "pooled"], ("learned", "selected")),
     "rater": ([*ALONE, "--outer.weighting", "rater"], ("learned", "selected", "learned+validation")),
+    "bmo": ([*ALONE, "--outer.method", "bmo"], ("learned", "selected")),
+    "bmo without a floor": (
+        [*ALONE, "--outer.method", "bmo", "--single-loop.min-effective-share", "0"],
+        ("learned", "selected"),
+    ),
 }
 """Runs of `select` by name: their flags, and the arms that are retrained."""
 CURVES = {
@@ -54,8 +61,14 @@ CURVES = {
     "rater, share told": ("rater", "selected"),
     "rater + V": ("rater", "learned+validation"),
     "oracle": ("learned", "oracle"),
+    "BMO": ("bmo", "learned"),
+    "BMO, share told": ("bmo", "selected"),
+    "BMO without a floor": ("bmo without a floor", "learned"),
+    "BMO without a floor, share told": ("bmo without a floor", "selected"),
+    "BMO, its own model": ("bmo", OWN),
+    "BMO without a floor, its own model": ("bmo without a floor", OWN),
 }
-"""Lines of the picture: (run, arm)."""
+"""Lines of the table and of the picture: (run, arm)."""
 
 
 def measure(shared: Path, lines: Path, names: list[str], sizes: list[int], seeds: int) -> None:
@@ -91,8 +104,9 @@ def _run(shared: Path, name: str, size: int, seed: int) -> dict[str, Any]:
         began = time.process_time()
         result = select(load_config(SelectConfig, "configs/select.yaml", [*given, *flags, "--retrain.variants", *arms]))
         dev_losses = {name: losses.tolist() for name, losses in read_dev_losses(folder / "run", arms).items()}
+    own = {OWN: result["records"][-1]["loss"]["test"]} if "bmo" in name else {}
     return {
-        "test": {row["name"]: row["mean"]["test"] for row in result["compare"]},
+        "test": {row["name"]: row["mean"]["test"] for row in result["compare"]} | own,
         "dev": {row["name"]: row["mean"]["dev"] for row in result["compare"]},
         "dev_losses": dev_losses,
         "meaning": {row["name"]: row["meaning"] for row in result["compare"]},

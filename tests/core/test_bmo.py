@@ -37,6 +37,38 @@ def test_bounds_and_weights():
     assert jnp.isfinite(weights_from_gaps(jnp.array([-1e4, 1e4]), 1e-2)).all()
 
 
+@pytest.mark.parametrize(("share", "above"), [(0.9, 0.5), (0.5, 0.25), (0.3, 0.2)])
+def test_the_floor_is_a_quadratic_where_gaps_have_two_values(share, above):
+    """A part p of the examples at 0, the others at -d: (p + q r)^2 = share (p + q r^2), tau = -d / log r."""
+    gaps = jnp.where(jnp.arange(20) < 20 * above, 0.0, -0.7)
+    p, q = above, 1 - above
+    a, c = q * (q - share), p * (p - share)
+    r = (-p * q + np.sqrt((p * q) ** 2 - a * c)) / a
+    found = single_loop.raise_temperature(gaps, 1e-3, share)
+    assert relative(found, 0.7 / -np.log(r)) < 1e-9  # 40 halvings of the logarithm
+    assert abs(single_loop.effective_share(gaps, found) - share) < 1e-9
+
+
+def test_laws_of_the_floor():
+    """Scale, shift, order and padding of the gaps; where tau suffices it stays; the floor holds, and just so."""
+    gaps = 3 * normal(50, 40)
+    find = jax.jit(lambda gaps, tau: single_loop.raise_temperature(gaps, tau, 0.4))
+    found = find(gaps, 0.1)
+    assert 0.4 <= single_loop.effective_share(gaps, found) < 0.4 + 1e-9 and found > 0.1
+    order = np.random.default_rng(0).permutation(40)
+    padded = jnp.concatenate([jnp.full(7, -jnp.inf), gaps[order] + 5]).reshape(1, -1)
+    assert relative(find(padded, 0.1), found) < 1e-9
+    assert relative(find(2 * gaps, 0.1), 2 * found) < 1e-9
+    assert find(gaps, 20.0) == 20 and single_loop.raise_temperature(gaps, 0.1, 0.0) == 0.1
+    assert find(jnp.zeros(40), 0.1) == 0.1  # equal gaps are spread at any temperature
+    w = weights_from_gaps(gaps, found)
+    assert abs(w.sum() ** 2 / (w**2).sum() - 16) < 1e-6
+    with pytest.raises(
+        ValueError, match="min_effective_share is 1.0; give a share of the examples, at least 0 and below"
+    ):
+        single_loop.raise_temperature(gaps, 0.1, 1.0)
+
+
 class Convex:
     """Six objectives without a common minimiser, each strongly convex, in three dimensions; with a prior."""
 
@@ -318,6 +350,31 @@ def test_weights_do_not_depend_on_the_batch(form):
     assert stepped(toy, made, state, one, partial_stream)[1].validation_loss == first.validation_loss
 
 
+@pytest.mark.parametrize("form", ["none", "snapshot"])
+def test_a_step_with_a_floor_has_the_temperature_of_the_gaps_that_were_seen(form):
+    """In the first step those of its batch; order, split and padding of a batch change nothing."""
+    toy, made, state = started(form, min_effective_share=0.8, temperature=optax.constant_schedule(1e-3))
+    first = started(form, min_effective_share=0.8, temperature=optax.constant_schedule(1e-3))[1]
+    _, info = first.step(first.init(toy.params), toy.fixed, toy.train.batch(0), toy.validation.batch(0))
+    if form == "none":
+        assert relative(info.temperature, single_loop.raise_temperature(info.gaps, 1e-3, 0.8)) < 1e-12
+        assert abs(info.weights.sum() ** 2 / (info.weights**2).sum() - 8) < 1e-6  # of the 10 of the batch
+    else:  # theta is phi
+        assert info.temperature == 1e-3 and relative(info.weights, jnp.ones((2, 5))) < 1e-12
+    batch = toy.train.batch(4)  # the last of its epoch: three rows and padding
+    whole = stepped(toy, made, state, batch)
+    assert relative(whole[1].temperature, single_loop.raise_temperature(state.last_gaps, 1e-3, 0.8)) < 1e-12
+    assert whole[1].temperature > 1e-3
+    same(whole, stepped(toy, made, state, split(batch, 5)))
+    seen = state.last_gaps > -jnp.inf
+    w = made.weights(state)[seen]
+    assert abs(w.sum() ** 2 / (w**2).sum() / seen.sum() - 0.8) < 1e-6
+    table = single_loop.compute_weights(
+        toy.problem, toy.params, (), toy.fixed, toy.train._replace(steps=5), ROWS, 1e-3, 0.8
+    )
+    assert abs(table.sum() ** 2 / (table**2).sum() / ROWS - 0.8) < 1e-6
+
+
 def test_a_level_that_lags_far_behind_bounds_the_weights():
     toy, made, state = started("none")
     _, info = stepped(toy, made, state._replace(log_normalizer=state.log_normalizer - 1e4), toy.train.batch(3))
@@ -362,6 +419,8 @@ def test_schedules_and_rules():
         ValueError, match="1 inner steps and strength 0.0 of the reference; give at least 1, and above 0"
     ):
         made(temperature=TAU, reference=TrainedReference(STILL, 1, 0.0))
+    with pytest.raises(ValueError, match="min_effective_share is -0.1; give a share of the examples"):
+        made(temperature=TAU, min_effective_share=-0.1)
     with pytest.raises(
         ValueError, match="temperature starts at 0.0, normalizer_memory 512.0; give a positive temperature"
     ):

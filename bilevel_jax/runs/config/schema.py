@@ -653,6 +653,10 @@ class SingleLoopSection:
     temperatures: tuple[Positive, Positive] = (1.0, 0.1)
     """bmo: temperature of the weights at the first and the last step, geometric in between."""
 
+    min_effective_share: Annotated[float, Interval(ge=0, lt=1), Special(0, "no floor")] = 0.2
+    """bmo: least effective sample size of the weights, as a share of the training examples; where they have less, the
+    temperature is raised. 0: no floor."""
+
     reference: Literal["none", "snapshot", "copy"] = "none"
     """bmo: reference model that losses are compared with: none, the initial model, or a trained copy."""
 

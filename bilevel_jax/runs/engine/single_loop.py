@@ -137,12 +137,16 @@ def run_single_loop(
     state = run_steps(session, take_step, state, remaining, work=work, on_step=recorder.on_step, save=save)
     weights = method.weights(state)
     if outer.method == "bmo":  # its own table is of the losses when each example was last seen
-        params, stream, temperature = (
+        weights = compute_weights(
+            task.problem,
             state.train_state.params,
+            state.reference,
+            frozen,
             task.full_pass_stream(seed=0),
+            task.num_examples,
             single_loop.temperatures[1],
+            single_loop.min_effective_share,
         )
-        weights = compute_weights(task.problem, params, state.reference, frozen, stream, task.num_examples, temperature)
     return SingleLoopResult(fetch_to_host(weights), state.train_state.params, recorder.records, method.estimand)
 
 
@@ -261,6 +265,7 @@ def build_single_loop(
             validation_share=share,
             temperature=geometric_schedule(start, end, steps),
             reference=trained_reference if single_loop.reference == "copy" else single_loop.reference,
+            min_effective_share=single_loop.min_effective_share,
         )
     # the logit of an example moves in the steps that meet the example, that of a source in every step
     steps_per_epoch = 1.0 if outer.weighting == "per_source" else len(task.trainable_indices()) / task.batch_size

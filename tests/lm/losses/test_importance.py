@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from bilevel_jax.core import single_loop
 from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.training import init_train_state, train, train_step
 from bilevel_jax.core.types import PADDING, Stream
@@ -83,6 +85,38 @@ def test_token_ratios_multiply_the_gradient_of_each_token_and_are_cut(params):
     mine = jax.jit(jax.jacrev(lambda p: importance_weighted_losses(MODEL)(p, BATCH)))(params[1])
     wanted = jax.jit(jax.jacrev(field))(params[1])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), mine, wanted)
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.5])
+def test_bmo_weighs_responses_by_powers_of_their_sequence_ratio(params, tau):
+    """softmax((l(phi) - l(theta)) / tau) of summed losses, phi the sampler, is rho^(1/tau) over its mean; at tau = 1
+    these are the ratios of `sequence`, and a step of BMO follows the same gradient."""
+    sampler, theta = params
+    rows = [DATA.get_sequence(row)[:2] for row in (3, 4, 5)]
+    log_q = [np.asarray(tokens_of(sampler, row)) for row in (3, 4, 5)]
+    stored = [np.concatenate([np.full(len(ids) - len(q), np.nan), q]) for (ids, _), q in zip(rows, log_q, strict=True)]
+    responses = corpus_from_sequences([TokenizedSequence(*row) for row in rows])
+    responses = responses.with_sampler_log_probs(np.concatenate(stored), np.ones(3))
+    layout = batches.BatchShape(1, G, G, batches.padded_max_length(responses))
+    batch = batches.make_evaluation_stream(responses, layout).batch(0)
+    summed = weighted(lambda p, fixed, batch: sft.sft_losses(MODEL, reduction="token_sum")(p, batch))
+    method = single_loop.bmo(
+        summed, optax.sgd(1.0), G, reference="snapshot",
+        validation_share=optax.constant_schedule(0.0), temperature=optax.constant_schedule(tau),
+    )  # fmt: skip
+    state = single_loop.replace_reference(method.init(theta), sampler)
+    state, metrics = method.step(state, (), batch, batch)
+    ratios = np.array([np.exp((tokens_of(theta, row) - q).sum()) for row, q in zip((3, 4, 5), log_q, strict=True)])
+    wanted = ratios ** (1 / tau) / np.mean(ratios ** (1 / tau))
+    np.testing.assert_allclose(metrics.weights[0], wanted, rtol=1e-6)  # the sampler's log-probabilities are float32
+    if tau == 1:
+        losses = importance_weighted_losses(
+            MODEL, ratio="sequence", responses_per_prompt=G, max_ratio=1e6, reduction="token_sum"
+        )
+        one = jax.tree.map(lambda leaf: leaf[0], batch)
+        slope = jax.grad(lambda p: losses(p, one).mean())(theta)
+        moved = jax.tree.map(lambda a, b: a - b, theta, state.train_state.params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), moved, slope)
 
 
 def test_second_derivatives_are_those_of_the_field(params):
