@@ -951,11 +951,11 @@ assert (merits > -1e-9).all() and merits.max() < 1e-4 + COLDEST * np.log(2), (
 #   validation examples alone, and judge on examples that nobody trained on.
 # - They say nothing about which useful examples are kept; watch the effective size. Let the model settle before the
 #   weights move.
-# - T1 is about models, not about weights: a model that fits *one* example is weakly Pareto-optimal, and as the temperature
-#   falls nothing but separability keeps BMO's weight on more. Where every example keeps a loss of its own, as sentences do,
-#   the easiest few take it all: BMO's own model can still be good, one that is retrained with its weights is not.
-#   `single_loop.min_effective_share` is a floor under their effective size; `tests/benchmarks` has film reviews with and
-#   without it.
+# - T1 is about models, not about weights: a model that fits *one* example is weakly Pareto-optimal, and as the
+#   temperature falls nothing but separability keeps BMO's weight on more. Where every example keeps a loss of its own,
+#   as sentences do, the easiest few take it all: BMO's own model can still be good, one that is retrained with its
+#   weights is not. `single_loop.min_effective_share` is a floor under their effective size; `tests/benchmarks` has
+#   film reviews with and without it.
 # - With more parameters than validation examples, wrong examples in general position are useful. No method that sees
 #   only $L_v$ can know better.
 # - Exact hypergradients answer another question: which weights make *training on these examples* good. There a useless

@@ -456,10 +456,10 @@ assert np.mean(weighed) < -3 * np.std(weighed, ddof=1) / np.sqrt(DRAWS), "a step
 # \tau(\alpha-1)D_\alpha = (1-\tau)D_\alpha$. (c) $z_i = \varepsilon a_i + O(\varepsilon^2)$ by Taylor; expand the
 # softmax. $\square$
 #
-# In `refine` the losses are means over tokens, so that a temperature of $\tau$ per token is one of $\tau\,|y_i|$ on the
-# log-ratio of the whole answer; on summed losses $\tau = 1$ gives the normalised ratios of `refine.ratio: sequence`. Without a
-# model to compare with (`single_loop.reference: none`) the same formula weighs by the likelihood itself, $w_i \propto
-# \pi_\theta(y_i\mid x_i)^{1/\tau}$.
+# In `refine` the losses are means over tokens, so that a temperature of $\tau$ per token is one of $\tau\,|y_i|$ on
+# the log-ratio of the whole answer; on summed losses $\tau = 1$ gives the normalised ratios of `refine.ratio:
+# sequence`. Without a model to compare with (`single_loop.reference: none`) the same formula weighs by the likelihood
+# itself, $w_i \propto \pi_\theta(y_i\mid x_i)^{1/\tau}$.
 #
 # So the ratio, too, knows of right and wrong only what $V$ told $\theta$. Right after new answers were drawn,
 # $\theta = \varphi$, and all weights are 1. By (b), what answers alone pull at is the distance to their author: nothing
