@@ -125,7 +125,7 @@ def table(cells: dict[str, list[dict[str, Any]]]) -> str:
             [
                 name,
                 spread([run["test"]["right"]["last"] for run in runs], 3),
-                paired([right_answers(run) for run in runs], [right_answers(run) for run in cells.get(REFERENCE, [])]),
+                "" if name == REFERENCE else paired(runs, cells.get(REFERENCE, [])),
                 spread([run["test"]["last"] for run in runs], 3),
                 f"{sum(run['accepted'] for run in runs)} of {sum(len(run['records']) for run in runs)}",
                 f"{np.mean(right):.3f}" if right else "",
@@ -141,11 +141,12 @@ def right_answers(result: dict[str, Any]) -> float:
     return result["test"]["right"]["last"]
 
 
-def paired(values: list[float], reference: list[float]) -> str:
-    """The mean difference over the seeds with its 95 % interval by Student's t; nothing for the reference itself."""
-    if values == reference or len(values) != len(reference) or len(values) < 2:
+def paired(runs: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
+    """How far the right answers lie above the reference's, by seeds, with the 95 % interval by Student's t."""
+    if len(runs) != len(reference) or len(runs) < 2:
         return ""
-    mean, half = mean_interval([one - other for one, other in zip(values, reference, strict=True)])
+    differences = [right_answers(one) - right_answers(other) for one, other in zip(runs, reference, strict=True)]
+    mean, half = mean_interval(differences)
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 

@@ -10,7 +10,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from bilevel_jax.commands.refine.candidates import _update_hyper, hyper_to_weights, make_candidate_trainers
+from bilevel_jax.commands.refine.candidates import (
+    _update_hyper,
+    effective_share,
+    hyper_to_weights,
+    make_candidate_trainers,
+)
+from bilevel_jax.commands.refine.report import describe_refused_steps, format_reliability
 from bilevel_jax.commands.refine.rollouts import (
     average_question_weights,
     build_round_task,
@@ -287,7 +293,7 @@ def test_a_round_says_how_far_its_weights_speak_for_others(whole, config, tmp_pa
     assert "Round 1: in the one step, where all weights are equal, " in page
 
 
-NOT_STOPPED = {"is_used_up": False, "is_concentrated": False}
+NOT_STOPPED = {"is_used_up": False, "is_concentrated": False, "why_not": ""}
 
 
 def train_weighted(ready, made, folder, **outer):
@@ -442,11 +448,26 @@ def test_a_step_that_leaves_few_examples_is_not_made(ready, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     *made_steps, refused = [line for line in lines if line["event"] == "outer"]
     assert made_steps and all(line["is_stepped"] for line in made_steps) and not refused["is_stepped"]
-    ess = candidate.weights.sum() ** 2 / (candidate.weights**2).sum()
-    np.testing.assert_allclose(ess, made_steps[-1]["ess"], rtol=1e-5)
-    assert refused["ess"] < 0.6 * made.task.num_examples <= ess
+    mass = made.multiplicity * candidate.weights
+    share = mass.sum() ** 2 / (made.multiplicity.sum() * (mass * candidate.weights).sum())
+    assert made_steps[-1]["share_after"] == pytest.approx(share, rel=1e-5)
+    assert refused["share_after"] < 0.6 <= share
     assert candidate.reliability["is_concentrated"] and candidate.reliability["steps"] == len(made_steps) + 1
+    record = {"step": 3, "candidates": [{"name": "unrolled", "reliability": candidate.reliability}]}
+    (line,) = describe_refused_steps({"records": [record]})
+    assert line.startswith(f"Round 3: the weights of unrolled are those of {len(made_steps)} step")
+    assert format_reliability(record["candidates"][0]) == f"weights of {len(made_steps)} steps"
     assert work == 6 * (1 + 5 * (len(made_steps) + 1))
+
+
+def test_examples_that_count_nothing_do_not_hold_the_effective_share_up():
+    """Two examples of ten count; one of them has all the weight."""
+    multiplicity = np.array([5.0, 5.0, *[0.0] * 8])
+    weights = np.array([2.0, 0.0, *[1.0] * 8])
+    assert effective_share(weights, multiplicity) == pytest.approx(0.5)
+    assert effective_share(np.ones(10), multiplicity) == pytest.approx(1.0)
+    halves = effective_share(np.array([2.0, 0.5, 0.5]), np.array([1.0, 0.5, 0.5]))  # a split example counts once
+    assert halves == pytest.approx(effective_share(np.array([2.0, 0.5]), np.ones(2)))
 
 
 @pytest.mark.slow
@@ -476,6 +497,8 @@ REFUSED = {
     "refine.methods says how candidates are trained: leave it out": ("--outer.method", "window"),
     "dev decides about whole rounds, and is not read between the steps of one": ("--outer.patience", "2"),
     "the same model .refine.start_from.: leave it out": ("--outer.restart", "warm"),
+    "differentiate the whole training run: leave it out": ("--outer.window", "3"),
+    "the steps of unrolled, which refine.methods does not name": ("--outer.ess-floor", "0.5"),
 }
 
 

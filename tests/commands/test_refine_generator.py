@@ -138,11 +138,11 @@ def test_the_reliability_of_rewards_is_that_of_differences_within_questions(roun
     start, rows = task.init_params(0), np.flatnonzero(round_task.response_numbers >= 0)
     _, estimate, _, stored = _differentiate(load(made, *SMOOTH), round_task, start, work.part_session("c"), 0)
 
-    def energy(table):
-        groups = [np.asarray(table, float)[rows[at : at + 4]] for at in range(0, len(rows), 4)]
-        return sum(((group - group.mean()) ** 2).sum() for group in groups)
+    def groups(table):
+        return [np.asarray(table, float)[rows[at : at + 4]] for at in range(0, len(rows), 4)]
 
-    noise = energy(estimate.half_difference) / energy(estimate.grad)
+    pairs = list(zip(groups(estimate.half_difference), groups(estimate.grad), strict=True))
+    noise = sum(half.var() / group.var() for half, group in pairs) / len(pairs)  # each question counts the same
     assert stored["first"]["noise"] == pytest.approx(noise, rel=1e-4) and stored["steps"] == 1
     tokens = load(made, *SMOOTH, "--reinforce.reward", "token")
     *_, by_token = _differentiate(tokens, round_task, start, work.part_session("d"), 0)
@@ -150,6 +150,10 @@ def test_the_reliability_of_rewards_is_that_of_differences_within_questions(roun
     fitted = round_task._replace(is_fitted=True)
     *_, by_dev = _differentiate(load(made, *SMOOTH), fitted, start, work.part_session("e"), 0)
     assert by_dev["first"]["agreement"] is not None and not by_dev["first"]["is_fitted"]
+    batch = load(made, *SMOOTH, "--reinforce.advantages", "batch")
+    *_, by_size = _differentiate(batch, round_task, start, work.part_session("f"), 0)
+    noise = sum(half.var() for half, _ in pairs) / sum(group.var() for _, group in pairs)
+    assert by_size["first"]["noise"] == pytest.approx(noise, rel=1e-4)
 
 
 def test_responses_to_one_question_share_their_batches(round_of):

@@ -109,6 +109,9 @@ MISSING = {
     "no candidate has hypergradients": [UNIFORM, UNIFORM | {"name": "penalty"}],
     "this run is of a version that did not measure it": [UNIFORM, OLD],
     "outer.reliability_every is 0": [candidate(None, None)],
+    "a target of the parameters alone": [
+        OLD | {"reliability": {"first": None, "last": None, "steps": 1, "why_not": "a target of the parameters alone"}}
+    ],
 }
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from bilevel_jax.commands.refine.rollouts import RoundTask
@@ -38,6 +39,7 @@ from bilevel_jax.runs.engine.single_loop import (
 from bilevel_jax.runs.engine.trainer import Trainer, check_hypergradient_finite
 from bilevel_jax.runs.infra import checkpoint
 from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.tasks.evaluation import judges_by_examples
 from bilevel_jax.runs.tasks.objective import Objective, build_objective
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
 from bilevel_jax.runs.tasks.targets import (
@@ -293,16 +295,14 @@ class _OuterSteps:
         stepped = _update_hyper(
             self.outer.weighting, self.outer.max_step, self.hyper, self.multiplicity, estimate.grad, learning_rate
         )
-        ess = float(
-            weightings.effective_sample_size(hyper_to_weights(self.outer.weighting, stepped, self.multiplicity))
-        )
-        if is_above_floor := ess >= self.outer.ess_floor * self.task.num_examples:
+        share = effective_share(hyper_to_weights(self.outer.weighting, stepped, self.multiplicity), self.multiplicity)
+        if is_above_floor := share >= self.outer.ess_floor:
             self.hyper = stepped
         record = {
             "step": step,
             "round": self.round_number,
             "validation": float(estimate.validation_loss),
-            "ess": ess,
+            "share_after": share,
             "is_stepped": is_above_floor,
             **reliability_to_record(draw),
             "work": self.session.work_done - work_before,
@@ -319,7 +319,10 @@ class _OuterSteps:
             weights, self.start, self.task.training_stream(self.seed + place), outer_step=place
         )
         reliability = summarize_reliability(
-            self.records, is_used_up=self._is_used_up(), is_concentrated=self._is_concentrated()
+            self.records,
+            is_used_up=self._is_used_up(),
+            is_concentrated=self._is_concentrated(),
+            why_not=why_no_reliability(self.task, self.outer),
         )
         return Candidate(trajectory.end.params, np.asarray(weights), reliability)
 
@@ -334,17 +337,28 @@ class _OuterSteps:
         return bool(self.records) and not self.records[-1].get("is_stepped", True)  # a run of an earlier version
 
 
-def summarize_reliability(records: list[dict[str, Any]], *, is_used_up: bool, is_concentrated: bool) -> dict[str, Any]:
+def summarize_reliability(
+    records: list[dict[str, Any]], *, is_used_up: bool, is_concentrated: bool, why_not: str
+) -> dict[str, Any]:
     """What result.json holds of the reliability of a candidate's hypergradients: the draws of its first and of its last
     step, None where nothing was measured; how many hypergradients there were; whether validation was used up before all
-    steps were made, and whether the step of the last one would have left the weights on few examples."""
+    steps were made, whether the step of the last one would have left the weights on few examples, and why nothing could
+    be measured, in words."""
     return {
         "first": records[0]["reliability_draw"],
         "last": records[-1]["reliability_draw"],
         "steps": len(records),
         "is_used_up": is_used_up,
         "is_concentrated": is_concentrated,
+        "why_not": why_not,
     }
+
+
+def why_no_reliability(task: TextTask, outer: OuterSection) -> str:
+    """Why the reliability of no hypergradient can be known, in words; nothing where it can."""
+    if not judges_by_examples(task):
+        return "a target of the parameters alone has no other examples"
+    return "" if outer.reliability_every else "outer.reliability_every is 0"
 
 
 @partial(jax.jit, static_argnums=0)
@@ -357,6 +371,17 @@ def hyper_to_weights(
     peak = jax.lax.stop_gradient(hyper.max())
     risen = jnp.exp(hyper - peak)
     return risen * multiplicity.sum() / jnp.sum(multiplicity * risen)
+
+
+def effective_share(weights: Float[ArrayLike, "examples"], multiplicity: Float[ArrayLike, "examples"]) -> float:
+    """The effective sample size of the weights, over what it is where all are equal.
+
+        (sum m w)^2 / (sum m * sum m w^2)
+
+    An example counts as its multiplicity says, and one that counts nothing not at all.
+    """
+    counts, w = jnp.asarray(multiplicity), jnp.asarray(weights)
+    return float((counts @ w) ** 2 / (counts.sum() * (counts @ w**2)))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -72,6 +72,7 @@ def render_refine_report(folder: Path, name: str, result: JsonObject, config_tex
         test_numbers=list_test_numbers(result),
         rounds=rounds_table(result),
         reliability=describe_reliability(result),
+        refused_steps=describe_refused_steps(result),
         responses=responses_table(result) if result["examples"] else None,
         mean_weights=mean_weights_table(result),
         generator=result.get("generator"),  # runs of earlier versions have none
@@ -267,23 +268,42 @@ def describe_reliability(result: JsonObject) -> JsonObject:
     elif not any("reliability" in source for _, source in sources):
         missing = "this run is of a version that did not measure it"
     elif not measured:
-        missing = "outer.reliability_every is 0"
+        reasons = [(source.get("reliability") or {}).get("why_not") for _, source in sources]
+        missing = next(filter(None, reasons), "outer.reliability_every is 0")
     lines = [f"{name}: {_describe_candidate(source)}" for name, source in measured]
     counts = [draw.num_validation for _, source in measured for draw in read_reliability(source) if draw]
     return {"missing": missing, "lines": lines, "num_validation": max(counts, default=0)}
 
 
+def describe_refused_steps(result: JsonObject) -> list[str]:
+    """A line for each candidate of which a step was not made, as it would have left the weights on few examples."""
+    return [
+        f"Round {record['step']}: the weights of {candidate['name']} are those of "
+        f"{format_count('step', candidate['reliability']['steps'] - 1)}: another would have brought their effective "
+        "sample size below outer.ess_floor."
+        for record in result["records"]
+        for candidate in record["candidates"]
+        if _has_refused_step(candidate)
+    ]
+
+
+def _has_refused_step(candidate: JsonObject) -> bool:
+    return bool((candidate.get("reliability") or {}).get("is_concentrated"))  # not in results of earlier versions
+
+
 def format_reliability(candidate: JsonObject) -> str:
-    """The reliability of a candidate's hypergradients, first → last, for the line of a round; "" without any."""
+    """The reliability of a candidate's hypergradients, first → last, and whether a step was refused, for the line of a
+    round; "" without any."""
+    refused = f"weights of {candidate['reliability']['steps'] - 1} steps" if _has_refused_step(candidate) else ""
     first, last = read_reliability(candidate)
     if first is None and last is None:
-        return ""
+        return refused
     draws = [first, last] if _is_worth_telling(candidate, first) else [last]
     values = [known_reliability(draw) for draw in draws]
     numbers = " → ".join("unknown" if value is None else f"{value:.2f}" for value in values)
     stored = candidate["reliability"]
     used_up = f" (used up after {stored['steps']} steps)" if stored["is_used_up"] else ""
-    return f"reliability {numbers}{used_up}"
+    return "   ".join(filter(None, [f"reliability {numbers}{used_up}", refused]))
 
 
 def _is_worth_telling(candidate: JsonObject, first: Reliability | None) -> bool:
@@ -306,11 +326,6 @@ def _describe_candidate(candidate: JsonObject) -> str:
         words += (
             f" The weights stopped after {stored['steps']} steps: by halves of validation the reliability was at most "
             "outer.reliability_floor twice in a row, so validation is used up."
-        )
-    if stored.get("is_concentrated"):  # not in the results of earlier versions
-        words += (
-            f" The weights are those of {format_count('step', stored['steps'] - 1)}: another would have brought their "
-            "effective sample size below outer.ess_floor."
         )
     return words
 

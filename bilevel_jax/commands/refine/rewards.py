@@ -9,10 +9,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from bilevel_jax.commands.refine.artifacts import run_saved_job
-from bilevel_jax.commands.refine.candidates import ROUND_SEED_STRIDE, candidate_outer, summarize_reliability
+from bilevel_jax.commands.refine.candidates import (
+    ROUND_SEED_STRIDE,
+    candidate_outer,
+    summarize_reliability,
+    why_no_reliability,
+)
 from bilevel_jax.commands.refine.rollouts import Rollouts, RoundTask
 from bilevel_jax.core.training import train_step
 from bilevel_jax.core.types import Estimate, Params, Problem, PyTree, TrainStep
@@ -132,13 +137,19 @@ def _differentiate(
     if by_token:
         by_place = estimate.grad[1]
         estimate = _map_tables(lambda tables: tables[0], estimate)
-    rows = np.flatnonzero(round_task.response_numbers >= 0)
+    rows, draws = np.flatnonzero(round_task.response_numbers >= 0), config.generate.num_generations
+    scales = _group_scales(estimate.grad[rows], draws, config.reinforce.advantages)
+    compared = _map_tables(lambda table: table.at[rows].set(scales * _less_group_mean(table[rows], draws)), estimate)
     draw = measure_estimate_reliability(
-        task, trainer, jnp.ones(task.num_examples),
-        _map_tables(lambda table: _compare_within_questions(table, rows, config.generate.num_generations), estimate),
-        trained=rows, is_learned=evidence == "dev",
+        task, trainer, jnp.ones(task.num_examples), compared,
+        trained=rows, is_learned=round_task.is_fitted or evidence == "dev",
     )  # fmt: skip
-    summary = summarize_reliability([reliability_to_record(draw)], is_used_up=False, is_concentrated=False)
+    summary = summarize_reliability(
+        [reliability_to_record(draw)],
+        is_used_up=False,
+        is_concentrated=False,
+        why_not=why_no_reliability(task, outer),
+    )
     return trajectory.end.params, estimate, by_place, summary
 
 
@@ -151,15 +162,21 @@ def _map_tables(function: Callable[[Any], Any], estimate: Estimate) -> Estimate:
     )
 
 
-def _compare_within_questions(
-    table: Float[Array, "examples"], rows: Int[np.ndarray, "responses"], num_generations: int
-) -> Float[Array, "examples"]:
-    """Each response's part beside the mean of the responses to its question, which is what the generator learns from.
+def _less_group_mean(parts: Float[Array, "responses"], num_generations: int) -> Float[Array, "responses"]:
+    """Each response's part less the mean of the responses to its question.
 
     The responses to a question have one multiplicity, so they are compared as the rewards are.
     """
-    parts = table[rows].reshape(-1, num_generations)
-    return table.at[rows].set((parts - parts.mean(1, keepdims=True)).ravel())
+    groups = parts.reshape(-1, num_generations)
+    return (groups - groups.mean(1, keepdims=True)).ravel()
+
+
+def _group_scales(parts: Float[Array, "responses"], num_generations: int, mode: str) -> Float[Array, "responses"]:
+    """What the differences within a question count: 1 (`batch`), or one over their spread (`group`), as in the
+    advantages that the generator learns from."""
+    spread = jnp.sqrt(jnp.mean(_less_group_mean(parts, num_generations).reshape(-1, num_generations) ** 2, 1))
+    scale = jnp.where(spread > 0, 1 / jnp.where(spread > 0, spread, 1), 0) if mode == "group" else jnp.ones_like(spread)
+    return jnp.repeat(scale, num_generations)
 
 
 @lru_cache(maxsize=2)

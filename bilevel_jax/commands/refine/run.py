@@ -17,6 +17,7 @@ from bilevel_jax.commands.refine.candidates import (
     Candidate,
     CandidateTrainer,
     candidate_outer,
+    effective_share,
 )
 from bilevel_jax.commands.refine.generator import Generator, prepare_generator, write_generator
 from bilevel_jax.commands.refine.reinforce import (
@@ -365,7 +366,7 @@ def run_round(
         "bound": bound,
         "accepted": bool(accepted),
         "judge": judge,
-        "ess": float(weights.sum() ** 2 / (weights**2).sum()),
+        "ess": effective_share(weights, round_task.multiplicity) * float((round_task.multiplicity > 0).sum()),
         "seconds_writing": writing_seconds,
         "work": session.work_done - before,
         "seconds": time.monotonic() - began,

@@ -114,6 +114,10 @@ UNREAD_BY_REFINE = {
     "patience": "dev decides about whole rounds, and is not read between the steps of one",
     "warm_start": "every round starts from equal weights",
     "proximal": "refine trains without a term that holds the parameters",
+    **dict.fromkeys(
+        ("window", "curvature", "solver", "neumann_rate", "tolerance", "max_iterations", "curvature_batches"),
+        "the weights of refine.methods = unrolled differentiate the whole training run",
+    ),
 }
 """Keys of section outer that a candidate of `refine` is not trained by, and why."""
 
@@ -690,6 +694,13 @@ CONFIG_RULES: tuple[Rule, ...] = (
         lambda c: trains_generator(c) or c.reinforce == type(c.reinforce)(),
         "section reinforce says how the generator is trained, and fixed does not train it: set it to reinforce, or "
         "leave the section out",
+    ),
+    (
+        "outer.ess_floor",
+        lambda c: (
+            not hasattr(c, "refine") or c.outer.ess_floor == OuterSection().ess_floor or "unrolled" in c.refine.methods
+        ),
+        "it stops the steps of unrolled, which refine.methods does not name: leave it out",
     ),
     (
         "refine.verifier_use",
