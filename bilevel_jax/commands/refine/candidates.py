@@ -161,7 +161,7 @@ def make_candidate_trainers(config: RefineConfig, offline_task: TextTask) -> dic
     functions = compiled_functions_for_config(config, offline_task)
 
     def hide_held_out(task: TextTask, name: RefineMethod) -> TextTask:
-        """The task of a method: BMO's weights are importance ratios already, so its losses are plain."""
+        """The task of a method: BMO's weights are a closed form of the plain losses, so it trains on these."""
         seen = ("validation", "dev") if name == "unrolled" else ("validation",)
         task = task._replace(held_out_streams={part: task.held_out_streams[part] for part in seen})
         return (
