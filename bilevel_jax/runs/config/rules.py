@@ -655,7 +655,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     (
         "refine.methods",
         lambda c: not trains_generator(c) or "bmo" not in c.refine.methods,
-        "refine.generator = reinforce rewards by a student of plain losses, and bmo weighs by likelihood: leave bmo out",
+        "refine.generator = reinforce rewards by a student of plain losses, bmo weighs by likelihood: leave bmo out",
     ),
     (
         "refine.verifier_use",
