@@ -78,6 +78,11 @@ def is_first_process() -> bool:
     return not is_multiprocess() or jax.process_index() == 0
 
 
+def is_alone_at_work() -> bool:
+    """Whether this process is inside `run_on_first_process`, while the others wait for its end."""
+    return _on_first_process_only
+
+
 def require_agreement(topic: str, values: Mapping[str, str]) -> None:
     """Raise ValueError, the same in every process, where a value is not the same in all of them.
 

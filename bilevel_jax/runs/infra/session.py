@@ -87,9 +87,17 @@ class Session:
             self._agreed_signal = self._received_signal
         self._stop_if_agreed()
 
-    def check_signals(self) -> None:
-        """Stop here if a signal asked for it; for work that is cheaper to repeat than to save."""
-        self._sync_signals()
+    def check_signals(self, *, at_once: bool = False) -> None:
+        """Stop here if a signal asked for it; for work that is cheaper to repeat than to save.
+
+        With `at_once` several processes meet at this very call. Inside `distributed.run_on_first_process` only the
+        first is there, and stops by its own signal: its caller has all of them call this `at_once` afterwards.
+        """
+        if distributed.is_alone_at_work():
+            if self._received_signal:
+                raise Interrupted(self._received_signal)
+            return
+        self._sync_signals(at_once)
         self._stop_if_agreed()
 
     def _stop_if_agreed(self) -> None:
@@ -97,7 +105,7 @@ class Session:
             distributed.agree_to_stop()
             raise Interrupted(self._agreed_signal)
 
-    def _sync_signals(self) -> bool:
+    def _sync_signals(self, at_once: bool = False) -> bool:
         """Whether the last save is long ago, by the first process's clock; takes note of a signal to any of them.
 
         Several processes meet about once a second, always at the same call: between two meetings nothing is asked.
@@ -107,7 +115,7 @@ class Session:
             self._agreed_signal = self._received_signal
             return save_due
         self._calls_since_sync += 1
-        if self._calls_since_sync < self._calls_per_sync:
+        if not at_once and self._calls_since_sync < self._calls_per_sync:
             return False
         now = time.monotonic()
         calls_per_sync = max(
@@ -193,9 +201,9 @@ class PartSession(Session):
         """As of the whole."""
         self._parent.mark_saved()
 
-    def check_signals(self) -> None:
+    def check_signals(self, *, at_once: bool = False) -> None:
         """As of the whole."""
-        self._parent.check_signals()
+        self._parent.check_signals(at_once=at_once)
 
 
 class PartLog:

@@ -1,5 +1,6 @@
 """Response generation by the model or a service, with stored responses."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from bilevel_jax.runs.config.schema import DataSection, GenerateSection
 from bilevel_jax.runs.infra import distributed
 from bilevel_jax.runs.infra.journal import Journal
 from bilevel_jax.runs.infra.placement import place_stream
-from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.infra.session import Interrupted, Session
 from bilevel_jax.runs.scoring.likelihoods import fingerprint_params
 from bilevel_jax.runs.tasks.text import TextTask
 
@@ -98,11 +99,18 @@ def make_service_generator(settings: GenerateSection, session: Session, section:
     store = ResponseStore(f"{settings.url} {settings.model}", response_store.responses, response_store.append)
 
     def generate_from_service(prompts: Sequence[Prompt], draws: Sequence[int]) -> list[list[Response]]:
-        distributed.run_on_first_process(lambda: query_service(prompts, draws, store))
+        distributed.run_on_first_process(lambda: _ask_until_signal(lambda: query_service(prompts, draws, store)))
+        session.check_signals(at_once=True)
         response_store.read_new()
         return query_service(prompts, draws, store)  # all of it is there
 
     return generate_from_service
+
+
+def _ask_until_signal(ask: Callable[[], Any]) -> None:
+    """A signal ends the requests of the first process; all processes then stop together, at the next check."""
+    with contextlib.suppress(Interrupted):
+        ask()
 
 
 def _prepare(

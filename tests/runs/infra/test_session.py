@@ -5,8 +5,12 @@ import sys
 import threading
 from types import SimpleNamespace
 
+import numpy as np
+import pytest
+
+from bilevel_jax.runs.infra import distributed
 from bilevel_jax.runs.infra.progress import NotebookProgress
-from bilevel_jax.runs.infra.session import open_session
+from bilevel_jax.runs.infra.session import Interrupted, open_session
 
 
 def test_a_notebook_gets_plain_lines(tmp_path, capsys, monkeypatch):
@@ -91,3 +95,37 @@ def test_a_disabled_bar_and_a_terminal_of_ipython_have_no_output(tmp_path, monke
     with open_session(tmp_path, progress=True, save_seconds=60) as work:
         work.print_line("a line")
     assert outputs == [] and "a line" in capsys.readouterr().err
+
+
+def test_work_of_the_first_process_alone_moves_no_meeting(tmp_path, monkeypatch):
+    """What the first process checks while the others wait must not change at which call all of them meet next."""
+    meetings = []
+
+    def allgather(values):
+        meetings.append(values)
+        return np.array([[*values[:2], 5]] * 2)
+
+    with open_session(tmp_path, progress=False, save_seconds=60) as first:
+        monkeypatch.setattr(distributed, "is_multiprocess", lambda: True)
+        monkeypatch.setattr(distributed, "allgather_values", allgather)
+        first.check_signals()
+        assert len(meetings) == 1  # the next one is five calls later
+        first.check_signals()
+        with monkeypatch.context() as alone:
+            alone.setattr(distributed, "_on_first_process_only", True)
+            for _ in range(12):
+                first.check_signals()
+            first._received_signal = signal.SIGTERM
+            with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+                first.check_signals()
+            first._received_signal = 0
+        for _ in range(3):
+            first.check_signals()
+        assert len(meetings) == 1
+        first.check_signals()
+        assert len(meetings) == 2
+        first._received_signal = signal.SIGTERM
+        with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+            first.check_signals(at_once=True)
+        assert len(meetings) == 3
+        monkeypatch.undo()
