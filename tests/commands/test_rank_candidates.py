@@ -6,7 +6,7 @@ import re
 import pytest
 
 from bilevel_jax.cli import main
-from bilevel_jax.commands.rank import candidates
+from bilevel_jax.commands.rank import candidates, model, run
 from bilevel_jax.commands.rank.run import rank
 from bilevel_jax.commands.rank.strategies import Question
 from bilevel_jax.lm.builtin import cipher
@@ -38,9 +38,14 @@ def answer(text):
     return cipher.rotate_letters(question, 2 if "step by step" in text else 1)
 
 
+def some(text):
+    """As `answer`, to three questions alone."""
+    return answer(text) if re.search(r"\b[cde]{4}>", text) else ""
+
+
 @pytest.fixture(scope="module")
 def server():
-    chat = ChatServer({"writer": answer, "silent": lambda text: ""})
+    chat = ChatServer({"writer": answer, "silent": lambda text: "", "special": lambda text: "bc</s>", "some": some})
     yield chat
     chat.close()
 
@@ -149,6 +154,53 @@ def test_a_model_of_a_folder_writes(inputs, shared, tmp_path):
     assert read(tmp_path / "itself") == read(tmp_path / "named") and len(read(tmp_path / "named")) == 4
 
 
+def test_own_answers_are_shown_and_an_empty_row_is_left_out(inputs, server, tmp_path):
+    """own_style shows the answers of rank.own_answers; they must answer what is asked, before anything is written."""
+    rows = [json.loads(line) for line in (inputs / "rows.jsonl").read_text().splitlines()]
+    rows[0]["response"] = " "
+    own = [{"prompt": row["prompt"], "response": f"own {row['prompt'][0]}"} for row in rows[1:]]
+    for name, part in {"rows": rows, "own": own, "few": own[:3]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    flags = (*service(server, strategies=("gold", "own_style")), "--data.train", str(tmp_path / "rows.jsonl"))
+    flags += ("--data.empty", "drop", "--rank.own-answers")
+    before = len(server.requests)
+    with pytest.raises(ValueError, match="few.jsonl has no answer to [0-9] of 8 questions that were drawn"):
+        rank(config(inputs, tmp_path / "refused", *flags, str(tmp_path / "few.jsonl")))
+    assert len(server.requests) == before
+    result = rank(config(inputs, tmp_path / "run", *flags, str(tmp_path / "own.jsonl")))
+    asked = [body["messages"][-1]["content"] for body in server.requests[before:]]
+    assert len(asked) == 8 and all(len(re.findall(r"another question:\nown [a-z]\n", text)) == 2 for text in asked)
+    where = f"{tmp_path}/rows.jsonl:1"
+    assert f"1 questions with an empty response were left out, the first: {where}" in result["notes"]
+
+
+def test_further_questions_need_no_written_responses(inputs, server, tmp_path, monkeypatch):
+    """Six right answers do not suffice for two blocks that want four each: the four other questions are asked."""
+    collected = []
+
+    class Enough(Exception):
+        pass
+
+    def collect(*args, **options):
+        collected.append((args[2], model.collect_own_answers(*args, **options)))
+        raise Enough
+
+    monkeypatch.setattr(run, "collect_own_answers", collect)
+    rows = [json.loads(line) for line in (inputs / "rows.jsonl").read_text().splitlines()]
+    own = [{"prompt": row["prompt"], "response": row["response"] if at < 6 else "zz"} for at, row in enumerate(rows)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    flags = (*service(server, strategies=("direct", "concise")), "--rank.metrics", "sppl", "--rank.pick-by", "sppl")
+    flags += ("--rank.k", "2", "--rank.own-answers", str(tmp_path / "own.jsonl"))
+    flags += ("--verifier.name", "exact", "--verifier.answer-field", "response")
+    with pytest.raises(Enough):
+        rank(config(inputs, tmp_path / "run", *flags))
+    ((sample, answers),) = collected
+    right = {row["prompt"] for row in rows[:6]} - {question.text for block in sample for question in block}
+    assert {question.text for question, _ in answers.further} == right
+    note = f"of 4 that were asked (rank.answer_questions) {len(right)} were answered right"
+    assert any(note in one for one in answers.notes), answers.notes
+
+
 def test_a_text_of_a_question_is_never_filled_in():
     question = Question("id", "What is {answer} in {examples}?", ("{question}",), None, (), "rows.jsonl", 1)
     filled = candidates._fill(candidates.PROMPTS["own_style"], question, ["{question}"])
@@ -159,7 +211,29 @@ def test_a_text_of_a_question_is_never_filled_in():
 WRONG = {
     "one": (("--candidates.strategies", "direct"), "names one strategy, and ranking takes at least 2"),
     "unknown": (("--candidates.strategies", "direct", "consise"), "did you mean 'concise'"),
-    "model alone": (("--candidates.model", "x@http://y/v1"), "writes the responses of candidates.strategies: name"),
+    "model alone": (("--candidates.model", "x@http://y/v1"), "say how strategies write responses, and none is named"),
+    "keys alone": (
+        ("--candidates.questions", "50", "--candidates.temperature", "0.1"),
+        "say how strategies write responses, and none is named",
+    ),
+    "password": (
+        ("--candidates.strategies", "direct", "concise", "--candidates.model", "x@http://user:word@h/v1"),
+        "candidates.model = 'x@http://...@h/v1': a service is NAME@http",
+    ),
+    "scheme": (
+        ("--candidates.strategies", "direct", "concise", "--candidates.model", "x@ftp://h/v1"),
+        "a service is NAME@http",
+    ),
+    "no name": (
+        ("--candidates.strategies", "direct", "concise", "--candidates.model", "@http://h/v1"),
+        "a service is NAME@http",
+    ),
+    "less than a block": (
+        ("--candidates.strategies", "direct", "concise", "--candidates.questions", "3"),
+        "must be 0 .as many as blocks and trial trainings take., or at least rank.block_size",
+    ),
+    "few good": ("some", "3 of 12 questions got a response of every strategy that can be used, and a block has"),
+    "special": ("special", "none of 8 responses of 'direct' can be used, the first to .*with a special token"),
     "two sources": (
         ("--candidates.strategies", "direct", "concise", "--rank.strategies", "direct", "concise"),
         "leave out rank.strategies",
@@ -171,7 +245,8 @@ WRONG = {
     "few": (("--candidates.strategies", "direct", "concise", "--rank.block-size", "20"), "12 questions can be asked"),
     "context": (
         ("--candidates.strategies", "direct", "step_by_step"),
-        "the prompt of '[a-z_]+' has .* tokens and its answer up to candidates.max_new_tokens = 512",
+        "the prompt of '[a-z_]+' has .* tokens and its answer up to candidates.max_new_tokens = 512.* which counts 6 "
+        "tokens of this one: the question alone",
     ),
     "silent": (
         "silent",
@@ -183,7 +258,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_input_gets_one_clear_error(inputs, server, tmp_path, capsys, name):
     flags, message = WRONG[name]
-    flags = service(server, "silent", ("direct", "concise")) if flags == "silent" else flags
+    flags = service(server, flags, ("direct", "concise")) if isinstance(flags, str) else flags
     code = 2 if name == "unknown" else 1  # a wrong command line
     assert main(["rank", str(inputs / "rank.yaml"), *flags, "--out", str(tmp_path / "run")]) == code
     told = capsys.readouterr().err.strip()

@@ -2,15 +2,26 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from bilevel_jax.commands.rank.model import RankModel, build_question_prompts, load_rank_model
-from bilevel_jax.commands.rank.strategies import Question, load_written_questions, order_questions
+from bilevel_jax.commands.rank.model import (
+    RankModel,
+    build_question_prompts,
+    choose_own_answers,
+    load_rank_model,
+    make_special_token_matcher,
+)
+from bilevel_jax.commands.rank.strategies import (
+    Question,
+    load_written_questions,
+    order_questions,
+    read_own_answers,
+)
 from bilevel_jax.lm.data.examples import format_count
-from bilevel_jax.lm.inference.generate import GenerateFn, Response
+from bilevel_jax.lm.inference.generate import GenerateFn, Prompt, Response
 from bilevel_jax.runs.config.load import RankConfig
 from bilevel_jax.runs.config.rules import names_service
 from bilevel_jax.runs.config.schema import CandidatesSection, GenerateSection
@@ -64,7 +75,8 @@ def write_candidates(config: RankConfig, rank_model: RankModel, session: Session
 
     Questions are taken in the order in which blocks are drawn, until as many as wanted have a usable response of every
     strategy. Every response is stored in the run's folder as it arrives, and not asked for again. Raises ValueError for
-    a strategy whose responses cannot be used at all, and for a prompt that the writer's context does not hold.
+    a strategy whose responses cannot be used at all, for fewer usable questions than a block takes, for a prompt that
+    the writer's context does not hold, and for a question that rank.own_answers leaves out.
     """
     path = session.folder / STRATEGIES_FILE
     is_kept = distributed.broadcast_from_first(path.exists()) == 1
@@ -73,13 +85,20 @@ def write_candidates(config: RankConfig, rank_model: RankModel, session: Session
 
 
 def _write(config: RankConfig, rank_model: RankModel, session: Session, path: Path) -> list[str]:
-    questions, notes = _find_questions(config, rank_model)
+    questions, notes = find_questions(config, rank_model)
     wanted = config.candidates.questions or (
         config.rank.block_size * config.rank.num_blocks + config.rank.train_examples
     )
-    writer, generate = _open_writer(config, rank_model, session)
+    unusable = make_special_token_matcher(rank_model.tokenizer)
     own_answers: list[tuple[str, str]] = []
-    if "own_style" in config.candidates.strategies:
+    if config.rank.own_answers:
+        own_answers, questions = _read_answers(config, questions, wanted, unusable)
+    writer, generate = _open_writer(config, rank_model, session)
+    if "own_style" in config.candidates.strategies and not config.rank.own_answers:
+        other_names = [name for name in config.candidates.strategies if name != "own_style"]
+        _make_prompts(
+            config, rank_model, other_names, questions[:wanted], [], writer
+        )  # a fault is told before any work
         own_answers = _answer_first(config, rank_model, session, questions[:wanted])
     good: list[WrittenQuestion] = []
     bad: dict[str, list[str]] = {}
@@ -88,7 +107,7 @@ def _write(config: RankConfig, rank_model: RankModel, session: Session, path: Pa
         chunk = questions[asked : asked + wanted - len(good)]
         asked += len(chunk)
         written = _ask(config, rank_model, chunk, own_answers, writer, generate)
-        reasons = [(one, _describe_faults(one)) for one in written]
+        reasons = [(one, _describe_faults(one, unusable)) for one in written]
         good += [one for one, faults in reasons if not faults]
         for one, faults in reasons:
             for name, reason in faults.items():
@@ -103,19 +122,33 @@ def _write(config: RankConfig, rank_model: RankModel, session: Session, path: Pa
                     f"first to {places[0]}. Raise candidates.max_new_tokens, choose another candidates.model, or leave "
                     f"'{name}' out."
                 )
+    if len(good) < config.rank.block_size:
+        places = [place for some in bad.values() for place in some]
+        raise ValueError(
+            f"candidates.strategies: {len(good)} of {format_count('question', asked)} got a response of every strategy "
+            f"that can be used, and a block has rank.block_size = {config.rank.block_size} of them; the first that "
+            f"cannot: {places[0]}. Raise candidates.max_new_tokens, choose another candidates.model, give more "
+            "questions, or lower rank.block_size."
+        )
     lines = [json.dumps(_make_row(config, one), ensure_ascii=False) for one in good]
     run_dir.write_atomic(path, "".join(f"{line}\n" for line in lines))
     return notes + _make_notes(config, len(good), asked, bad, num_cut)
 
 
-def _find_questions(config: RankConfig, rank_model: RankModel) -> tuple[list[Question], list[str]]:
+def find_questions(config: RankConfig, rank_model: RankModel) -> tuple[list[Question], list[str]]:
     """The questions of data.train that are short enough, in the order in which they are drawn; notes on the others."""
     questions, notes = load_written_questions(config)
     questions = order_questions(questions, config.data.seed)
     limit = config.rank.max_question_tokens
     if limit:
         prompts = build_question_prompts(config, rank_model, questions)
+        num_all = len(questions)
         questions = [one for one, prompt in zip(questions, prompts, strict=True) if len(prompt.tokens) <= limit]
+        if len(questions) < num_all:
+            notes.append(
+                f"{num_all - len(questions):,} of {num_all:,} questions have more than {limit} tokens "
+                "(rank.max_question_tokens), template included, and were not asked"
+            )
     if len(questions) < config.rank.block_size:
         raise ValueError(
             f"{len(questions)} questions can be asked, and a block has rank.block_size = {config.rank.block_size} of "
@@ -131,7 +164,7 @@ def _open_writer(config: RankConfig, rank_model: RankModel, session: Session) ->
         at = max(section.model.rfind("@http://"), section.model.rfind("@https://"))
         settings = _make_settings(section, "service", section.model[at + 1 :], section.model[:at])
         return None, make_service_generator(settings, session, "candidates")
-    settings = _make_settings(section, "embedded", "", "")
+    settings = replace(_make_settings(section, "embedded", "", ""), max_batch_tokens=config.generate.max_batch_tokens)
     writer = rank_model
     if section.model:
         writer = load_rank_model(replace(config, model=replace(config.model, name_or_path=section.model)))
@@ -164,23 +197,60 @@ def _ask(
     generate: GenerateFn,
 ) -> list[WrittenQuestion]:
     """The response of every strategy to each question."""
+    names = config.candidates.strategies
+    prompts_by_strategy = _make_prompts(config, rank_model, names, questions, own_answers, writer)
     responses: list[dict[str, Response]] = [{} for _ in questions]
-    for name in config.candidates.strategies:
+    for name in names:
         if name == GOLD:
             for own, question in zip(responses, questions, strict=True):
                 own[name] = Response(question.responses[0], (), (), True)
+            continue
+        for own, (response,) in zip(responses, generate(prompts_by_strategy[name], [0]), strict=True):
+            own[name] = response
+    return [WrittenQuestion(question, own) for question, own in zip(questions, responses, strict=True)]
+
+
+def _make_prompts(
+    config: RankConfig,
+    rank_model: RankModel,
+    names: Sequence[str],
+    questions: Sequence[Question],
+    own_answers: Sequence[tuple[str, str]],
+    writer: RankModel | None,
+) -> dict[str, list[Prompt]]:
+    """What every strategy of `names` but gold asks; raises ValueError for what the writer's context does not hold."""
+    prompts_by_strategy = {}
+    for name in names:
+        if name == GOLD:
             continue
         asked = [
             question._replace(text=_fill(PROMPTS[name], question, _choose_examples(question, own_answers)))
             for question in questions
         ]
         prompts = build_question_prompts(config, writer or rank_model, asked)
-        prompts = [prompt._replace(id=f"{name} {prompt.id}") for prompt in prompts]
+        prompts_by_strategy[name] = [prompt._replace(id=f"{name} {prompt.id}") for prompt in prompts]
         if writer is not None:
-            _check_context(config, writer, name, asked, [len(prompt.tokens) for prompt in prompts])
-        for own, (response,) in zip(responses, generate(prompts, [0]), strict=True):
-            own[name] = response
-    return [WrittenQuestion(question, own) for question, own in zip(questions, responses, strict=True)]
+            _check_context(config, rank_model, writer, name, questions, [len(prompt.tokens) for prompt in prompts])
+    return prompts_by_strategy
+
+
+def _read_answers(
+    config: RankConfig, questions: Sequence[Question], wanted: int, unusable: Callable[[str], Any]
+) -> tuple[list[tuple[str, str]], list[Question]]:
+    """(question, answer) of the file rank.own_answers, and the questions that can be asked.
+
+    It must answer those that are asked first; of the others, which replace these, those that it does not answer are
+    left out.
+    """
+    known_answers = read_own_answers(config.rank.own_answers, config)
+    drafts = choose_own_answers(config, known_answers, questions[:wanted], unusable)
+    own_answers = [(one.text, some[0]) for one, some in zip(questions, drafts, strict=False)]
+    if "own_style" in config.candidates.strategies and len(own_answers) <= NUM_EXAMPLES:
+        raise ValueError(
+            f"candidates.strategies has own_style, which shows {NUM_EXAMPLES} own answers to other questions, and "
+            f"{len(own_answers)} questions are asked. Raise candidates.questions, or leave own_style out."
+        )
+    return own_answers, [*questions[:wanted], *(one for one in questions[wanted:] if one.text in known_answers)]
 
 
 def _answer_first(
@@ -189,7 +259,7 @@ def _answer_first(
     """(question, the answer of the model that will be trained) of those that it answers."""
     prompts = build_question_prompts(config, rank_model, questions)
     if config.generate.backend == "embedded":
-        _check_context(config, rank_model, "", questions, [len(prompt.tokens) for prompt in prompts])
+        _check_context(config, rank_model, rank_model, "", questions, [len(prompt.tokens) for prompt in prompts])
     factory = make_generator_factory(
         config.generate, rank_model.decoder, rank_model.tokenizer, rank_model.mesh, session
     )
@@ -221,7 +291,12 @@ def _fill(template: str, question: Question, examples: Sequence[str]) -> str:
 
 
 def _check_context(
-    config: RankConfig, model: RankModel, name: str, questions: Sequence[Question], lengths: Sequence[int]
+    config: RankConfig,
+    rank_model: RankModel,
+    model: RankModel,
+    name: str,
+    questions: Sequence[Question],
+    lengths: Sequence[int],
 ) -> None:
     key = "candidates" if name else "generate"
     new = config.candidates.max_new_tokens if name else config.generate.max_new_tokens
@@ -229,20 +304,24 @@ def _check_context(
     for question, length in zip(questions, lengths, strict=True):
         if length + new > context:
             what = f"the prompt of '{name}'" if name else "the question"
+            (alone,) = build_question_prompts(config, rank_model, [question])
             raise ValueError(
                 f"{question.where}: {what} has {length} tokens and its answer up to {key}.max_new_tokens = {new}; the "
-                f"model's context holds {context}. Lower {key}.max_new_tokens, set rank.max_question_tokens, or choose "
-                "a model with a longer context."
+                f"model's context holds {context}. Lower {key}.max_new_tokens, choose a model with a longer context, "
+                f"or leave out such questions by rank.max_question_tokens, which counts {len(alone.tokens)} tokens of "
+                "this one: the question alone."
             )
 
 
-def _describe_faults(one: WrittenQuestion) -> dict[str, str]:
-    """strategy -> why its response cannot be used."""
-    return {
-        name: response.missing or "empty"
-        for name, response in one.responses.items()
-        if response.missing or not response.text.strip()
-    }
+def _describe_faults(one: WrittenQuestion, unusable: Callable[[str], Any]) -> dict[str, str]:
+    """strategy -> why its response cannot be used; that of the row is used as it is."""
+    faults = {}
+    for name, response in one.responses.items():
+        if response.missing or not response.text.strip():
+            faults[name] = response.missing or "empty"
+        elif name != GOLD and unusable(response.text):
+            faults[name] = "with a special token"
+    return faults
 
 
 def _make_row(config: RankConfig, one: WrittenQuestion) -> dict[str, object]:
@@ -271,6 +350,6 @@ def _make_notes(
             f"{', '.join(places[:MAX_PLACES_SHOWN])}{more}"
         )
     if num_cut:
-        total = asked * len(names)
+        total = asked * len([name for name in names if name != GOLD])
         notes.append(f"{num_cut:,} of {total:,} written responses did not end within candidates.max_new_tokens")
     return notes

@@ -3,7 +3,7 @@
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -79,28 +79,19 @@ def collect_own_answers(
     no answer is going to be shown.
     """
     questions = [question for block in sample for question in block]
-    unusable = _special_token_matcher(rank_model.tokenizer)
+    unusable = make_special_token_matcher(rank_model.tokenizer)
     notes = []
     known_answers: dict[str, list[str]] = {}
     generate: GenerateFn | None = None
     if config.rank.own_answers:
         known_answers = strategies.read_own_answers(config.rank.own_answers, config)
-        if missing := [question for question in questions if question.text not in known_answers]:
-            raise ValueError(
-                f"{config.rank.own_answers} has no answer to {len(missing)} of {len(questions)} questions that were "
-                f"drawn, the first at {missing[0].where}. Add them, or leave rank.own_answers empty: they are "
-                "generated then."
-            )
-        texts = [known_answers[question.text][: config.generate.num_generations] for question in questions]
+        texts = choose_own_answers(config, known_answers, questions, unusable)
     else:
         generate = make_generator_factory(
             config.generate, rank_model.decoder, rank_model.tokenizer, rank_model.mesh, session
         )(rank_model.params)
         texts, answer_notes = _generate_answers(config, rank_model, questions, unusable, session, generate)
         notes += answer_notes
-    for question, drafts in zip(questions, texts, strict=True):
-        if any(not text.strip() or unusable(text) for text in drafts) or not drafts:
-            raise _no_answer_error(question, [])
     fewest = min(map(len, texts))
     if most := sum(len(drafts) > fewest for drafts in texts):
         notes.append(
@@ -135,6 +126,29 @@ def collect_own_answers(
     size = len(sample[0])
     blocks_of_texts = [texts[at : at + size] for at in range(0, len(texts), size)]
     return OwnAnswers(blocks_of_texts, accepted, notes, shown, further)
+
+
+def choose_own_answers(
+    config: RankConfig,
+    known_answers: Mapping[str, Sequence[str]],
+    questions: Sequence[Question],
+    unusable: Callable[[str], Any],
+) -> list[list[str]]:
+    """Of each question the answers of rank.own_answers that are used: generate.num_generations at most.
+
+    Raises ValueError for a question without an answer, and for an answer with a special token.
+    """
+    if missing := [question for question in questions if question.text not in known_answers]:
+        raise ValueError(
+            f"{config.rank.own_answers} has no answer to {len(missing)} of {len(questions)} questions that were "
+            f"drawn, the first at {missing[0].where}. Add them, or leave rank.own_answers empty: they are generated "
+            "then."
+        )
+    texts = [list(known_answers[question.text][: config.generate.num_generations]) for question in questions]
+    for question, drafts in zip(questions, texts, strict=True):
+        if any(unusable(text) for text in drafts):
+            raise _no_answer_error(question, [])
+    return texts
 
 
 def build_question_prompts(config: RankConfig, rank_model: RankModel, questions: Sequence[Question]) -> list[Prompt]:
@@ -175,7 +189,7 @@ def _judge_answers(config: RankConfig, questions: Sequence[Question], texts: Seq
     """Whether the verifier accepts each answer; True where there is none."""
     if not config.verifier.name:
         return [True] * len(questions)
-    judge = make_verifier(config.verifier, [question.with_response(question.responses[0]) for question in questions])
+    judge = make_verifier(config.verifier, [question.with_response("") for question in questions])
     pairs = zip(questions, texts, strict=True)
     return [judge(question.with_response(text), text) >= 0.5 for question, text in pairs]
 
@@ -295,7 +309,7 @@ def _count_reasons(reasons: Sequence[str]) -> str:
     return "; ".join(words)
 
 
-def _special_token_matcher(tokenizer: Tokenizer) -> Callable[[str], Any]:
+def make_special_token_matcher(tokenizer: Tokenizer) -> Callable[[str], Any]:
     """text -> whether it holds a special token, which the tokenizer would read as one."""
     added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
     names = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)

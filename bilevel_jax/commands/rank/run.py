@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from bilevel_jax.commands.rank import metrics, records, report, report_records, train_then_test
-from bilevel_jax.commands.rank.candidates import write_candidates
+from bilevel_jax.commands.rank.candidates import find_questions, write_candidates
 from bilevel_jax.commands.rank.metrics import METRICS, ResponseMeasures
 from bilevel_jax.commands.rank.model import (
     OwnAnswers,
@@ -78,6 +78,10 @@ def rank(config: RankConfig) -> dict[str, Any]:
                 strategy_responses = load_strategy_responses(replace(config, data=replace(config.data, train=(path,))))
                 strategy_responses.notes[:0] = notes
                 sample = sample_blocks(config, rank_model, strategy_responses)
+                # further questions need no written responses
+                drawn = {question.id for block in sample.blocks for question in block}
+                others = [one for one in find_questions(config, rank_model)[0] if one.id not in drawn]
+                sample = sample._replace(others=others)
             return _run_ranking(
                 config,
                 rank_model,

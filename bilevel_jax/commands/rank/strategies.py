@@ -100,10 +100,12 @@ def load_written_questions(config: RankConfig) -> tuple[list[Question], list[str
     """The questions of data.train, to which candidates.strategies write responses, and notes on rows left out.
 
     A question that stands twice counts once. `responses` has the response of the row, where a strategy reads it. Raises
-    ValueError, with file and line, for a question without a response that one of them reads.
+    ValueError, with file and line, for a question without a response that one of them reads (with data.empty = drop one
+    with an empty response is left out).
     """
     needs_gold = bool({"gold", "rephrase", "own_style"} & set(config.candidates.strategies))
     seen: set[str] = set()
+    dropped: list[str] = []
     questions, num_repeated = [], 0
     for path in config.data.train:
         for line, row in files.read_rows(path):
@@ -113,19 +115,24 @@ def load_written_questions(config: RankConfig) -> tuple[list[Question], list[str
             if text in seen:
                 num_repeated += 1
                 continue
-            seen.add(text)
             gold: tuple[str, ...] = ()
             if needs_gold:
                 name, remedy = config.data.response_field, "Set data.response_field to one of them."
                 gold = (require_string(read_field(row, name, remedy, where), name, where),)
                 if not gold[0].strip():
+                    if config.data.empty == "drop":
+                        dropped.append(where)
+                        continue
                     raise ValueError(
                         f"{where}: '{name}' is empty, and gold, rephrase and own_style of candidates.strategies read "
-                        "it. Fill it, or remove the row."
+                        "it. Fill it, or set data.empty to drop."
                     )
+            seen.add(text)
             key, reference = hash_content([Turn("user", text)]), _read_reference_answer(row, config, where)
             questions.append(Question(key, text, gold, reference, (), path, line))
     notes = [f"{num_repeated:,} rows ask what an earlier row asks, and were left out"] if num_repeated else []
+    if dropped:
+        notes.append(f"{len(dropped):,} questions with an empty response were left out, the first: {dropped[0]}")
     return questions, notes
 
 

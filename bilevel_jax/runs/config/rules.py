@@ -593,15 +593,25 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "are of responses that data.train holds",
     ),
     (
-        "candidates.model",
-        lambda c: c.candidates.model == "" or len(c.candidates.strategies) > 0,
-        "writes the responses of candidates.strategies: name strategies there",
+        "candidates.strategies",
+        lambda c: len(c.candidates.strategies) > 0 or c.candidates == type(c.candidates)(),
+        "the other keys of section candidates say how strategies write responses, and none is named: name strategies "
+        "there, or leave the section out",
     ),
     (
         "candidates.model",
-        lambda c: not names_service(c.candidates.model) or not {*"?#"} & {*c.candidates.model},
-        "must end at /v1, without a query or fragment: the key is read from the environment variable that "
-        "candidates.api_key_env names",
+        lambda c: (
+            "://" not in c.candidates.model or re.fullmatch(r".+@https?://[^@?#]+", c.candidates.model) is not None
+        ),
+        "a service is NAME@http://localhost:8000/v1: a name before the address, which ends at /v1 without a password, "
+        "query or fragment; the key is read from the environment variable that candidates.api_key_env names",
+    ),
+    (
+        "candidates.questions",
+        lambda c: (
+            c.candidates.questions == 0 or c.candidates.questions >= max(c.rank.block_size, c.rank.train_examples)
+        ),
+        "must be 0 (as many as blocks and trial trainings take), or at least rank.block_size and rank.train_examples",
     ),
     (
         "candidates.parameter_names",
