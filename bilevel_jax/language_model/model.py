@@ -1,6 +1,7 @@
 """A language model to load, fine-tune, score with and generate with from Python."""
 
 import dataclasses
+import inspect
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -477,13 +478,15 @@ def builtin_rows(
         name: cipher, sums or scripts.
         part: train, validation, dev or test.
         seed: another seed, other rows.
-        sizes: numbers of rows by kind, as {"clean": 20, "wrong": 20} of the cipher; default those of the task.
+        sizes: what the task takes for its rows, as {"clean": 20, "wrong": 20} of the cipher or {"train": 40,
+            "corrupted": 0.5} of sums and scripts; the rest as the task has it.
 
     Returns:
-        Rows with prompt, response and, in train, label.
+        Rows with prompt, response and label; of sums and scripts also answer, the right response. Of scripts with
+        {"format": "pairs"}: chosen and rejected in place of response.
 
     Raises:
-        ValueError: no such task or part, or sizes that are none.
+        ValueError: no such task or part, or sizes that the task does not take.
 
     Example:
         >>> rows = bj.lm.builtin_rows("cipher", sizes={"clean": 2, "wrong": 0, "noise": 0})
@@ -492,8 +495,16 @@ def builtin_rows(
     """
     if name not in BUILTIN_TASKS:
         raise ValueError(f"there is no built-in task {name!r}; there are {list(BUILTIN_TASKS)}.")
+    if part not in (parts := ("train", "validation", "dev", "test")):
+        raise ValueError(f"there is no part {part!r} of a built-in task; there are {list(parts)}.")
+    write_files = BUILTIN_TASKS[name].write_files
+    options = sorted(inspect.signature(write_files).parameters.keys() - {"folder", "seed"})
+    if unknown := sorted(set(sizes) - set(options)):
+        raise ValueError(f"sizes: {name} has no {unknown[0]!r}; it takes {', '.join(options)}.")
     with tempfile.TemporaryDirectory() as folder:
-        path = BUILTIN_TASKS[name].write_files(Path(folder), seed=seed, **sizes) / f"{part}.jsonl"
+        path = write_files(Path(folder), seed=seed, **sizes) / f"{part}.jsonl"
+        if not path.exists():
+            return []  # a file of 0 examples is not written
         return [row for _, row in files.read_rows(str(path))]
 
 

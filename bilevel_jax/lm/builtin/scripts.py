@@ -86,9 +86,10 @@ def write_scripts_data(
     folder = Path(folder)
     sizes = {"train": train, "validation": validation, "dev": dev, "test": test}
     num_wrong, num_random = round(corrupted * train), round(noise * train)
-    if min(*sizes.values(), lessons) < 0 or not 0 < sum(sizes.values()) <= NUM_QUESTIONS:
-        raise ValueError(f"{sizes}: none may be negative, and together they must be 1 to {NUM_QUESTIONS}.")
-    if min(num_wrong, num_random) < 0 or num_wrong + num_random > train:
+    char_model.check_not_negative(sizes | {"lessons": lessons, "corrupted": corrupted, "noise": noise})
+    if not 0 < sum(sizes.values()) <= NUM_QUESTIONS:
+        raise ValueError(f"{sizes}: together they must be 1 to {NUM_QUESTIONS}.")
+    if num_wrong + num_random > train:
         raise ValueError(f"corrupted={corrupted}, noise={noise}: shares of the rows are wanted, of at most 1 together.")
     if format not in FORMATS:
         raise ValueError(f"format={format!r}; it is one of {', '.join(FORMATS)}.")

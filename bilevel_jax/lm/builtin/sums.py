@@ -67,9 +67,10 @@ def write_sums_data(
     folder = Path(folder)
     sizes = {"train": train, "validation": validation, "dev": dev, "test": test, "lessons": lessons}
     num_wrong, num_random = round(corrupted * train), round(noise * train)
-    if min(sizes.values()) < 0 or not 0 < sum(sizes.values()) <= NUM_QUESTIONS // 8:
-        raise ValueError(f"{sizes}: none may be negative, and together they must be 1 to {NUM_QUESTIONS // 8}.")
-    if min(num_wrong, num_random) < 0 or num_wrong + num_random > train:
+    char_model.check_not_negative(sizes | {"corrupted": corrupted, "noise": noise})
+    if not 0 < sum(sizes.values()) <= NUM_QUESTIONS // 8:
+        raise ValueError(f"{sizes}: together they must be 1 to {NUM_QUESTIONS // 8}.")
+    if num_wrong + num_random > train:
         raise ValueError(f"corrupted={corrupted}, noise={noise}: shares of the rows are wanted, of at most 1 together.")
     questions = _iter_questions(seed)
     parts = {name: [next(questions) for _ in range(count)] for name, count in sizes.items()}

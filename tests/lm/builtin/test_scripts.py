@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import bilevel_jax as bj
 from bilevel_jax.lm.builtin import scripts
 from bilevel_jax.lm.builtin.scripts import draw_key, make_wrong_key, transcribe, write_scripts_data
 from bilevel_jax.lm.data.examples import load_examples
@@ -81,9 +82,23 @@ def test_tokens(tmp_path):
 
 
 def test_impossible_sizes(tmp_path):
-    with pytest.raises(ValueError, match="none may be negative, and together they must be 1 to 1728"):
+    with pytest.raises(ValueError, match="together they must be 1 to 1728"):
         write_scripts_data(tmp_path, train=1500)
     with pytest.raises(ValueError, match=r"corrupted=0.7, noise=0.4: shares of the rows are wanted, of at most 1"):
         write_scripts_data(tmp_path, corrupted=0.7, noise=0.4)
+    for wrong in ({"lessons": -1}, {"corrupted": -0.1}, {"train": -2}):
+        ((name, value),) = wrong.items()
+        with pytest.raises(ValueError, match=f"{name}={value}: must not be negative"):
+            write_scripts_data(tmp_path, **wrong)
     with pytest.raises(ValueError, match="format='rows'; it is one of responses, pairs"):
         write_scripts_data(tmp_path, format="rows")
+
+
+def test_rows_of_python():
+    rows = bj.lm.builtin_rows("scripts", "dev", sizes={"train": 8, "dev": 3, "lessons": 0})
+    assert len(rows) == 3 and sorted(rows[0]) == ["answer", "label", "prompt", "response"]
+    assert bj.lm.builtin_rows("scripts", "dev", sizes={"dev": 0, "lessons": 0}) == []
+    with pytest.raises(ValueError, match="sizes: scripts has no 'clean'; it takes corrupted, dev, format, lessons"):
+        bj.lm.builtin_rows("scripts", sizes={"clean": 2})
+    with pytest.raises(ValueError, match="there is no part 'lessons' of a built-in task; there are"):
+        bj.lm.builtin_rows("scripts", "lessons")
