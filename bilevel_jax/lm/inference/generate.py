@@ -90,12 +90,13 @@ def make_sampler(
 ) -> Sampler:
     """The sampler of a decoder: its compiled program lives as long as it does, whatever the parameters.
 
-    A batch has a fixed number of places. Where a response ends, one to a waiting prompt begins (`continuous_batching`):
-    no place waits for the longest response. Token t of a draw is the argmax of log p (`log_probabilities`) plus Gumbel
-    noise, a function of (seed, prompt id, draw, t) alone. So the responses do not depend on the order of the prompts,
-    and on places and devices only through the rounding of log p: a token differs with a probability of about the total
-    variation between the two, 1e-6 in float32 (bit-equal in the same places). The log-probs of a response are those of
-    all its tokens, the end token included once; under temperature 0 they are 0, for nothing is drawn.
+    A batch has a fixed number of places. Once a quarter of them is free, responses to waiting prompts begin there
+    (`continuous_batching`); the last responses of each group of prompts of like length end without others. Token t of a
+    draw is the argmax of log p (`log_probabilities`) plus Gumbel noise, a function of (seed, prompt id, draw, t) alone.
+    So the responses do not depend on the order of the prompts, and on places and devices only through the rounding of
+    log p: a token differs with a probability of about the total variation between the two, 1e-6 in float32 (bit-equal
+    in the same places). The log-probs of a response are those of all its tokens, the end token included once; under
+    temperature 0 they are 0, for nothing is drawn.
 
     Args:
         decoder: the model, from `make_decoder`.
@@ -230,8 +231,10 @@ class _SamplerEngine:
                     collector.collect(ended)
                     if len(collector.unsaved) >= shapes.max_rows(plan.length):
                         collector.save()
+                        collector.report()
             finally:
                 collector.save()
+            collector.report()
         prompt_index = {prompt.id: position for position, prompt in enumerate(unique_prompts)}
         requested_draws = [0] * len(draws) if is_greedy else draws
         return [
@@ -252,7 +255,7 @@ class _ResponseCollector:
             for draw in draws:
                 request = Request(prompt_index, draw)
                 self.responses[request] = store.results.get(self._hash(request))
-        self.count = sum(response is not None for response in self.responses.values())
+        self.count = self.num_reported = sum(response is not None for response in self.responses.values())
         self.unsaved: dict[str, Response] = {}
 
     def count_tokens(self, requests: Sequence[Request]) -> dict[Request, int]:
@@ -268,11 +271,16 @@ class _ResponseCollector:
             self.responses[request] = self.unsaved[self._hash(request)] = response
 
     def save(self) -> None:
-        """Stores and counts the responses that are new."""
+        """Stores the responses that are new, and then counts them; those that cannot be stored are not tried again."""
         if self.unsaved:
-            self.count += len(self.unsaved)
-            self.store.save(self.unsaved)
-            self.unsaved = {}
+            new_responses, self.unsaved = self.unsaved, {}
+            self.store.save(new_responses)
+            self.count += len(new_responses)
+
+    def report(self) -> None:
+        """Tells the progress, where there is some."""
+        if self.count > self.num_reported:
+            self.num_reported = self.count
             self.engine.progress(self.count, len(self.responses))
 
     def _hash(self, request: Request) -> str:

@@ -221,6 +221,21 @@ def test_an_interrupted_generation_goes_on(params, one, expected):
     assert len(disk) == 2 * total
 
 
+def test_a_store_that_fails_is_not_asked_again(params, one):
+    """Nor is progress, which may itself raise, told on the way out."""
+    saved, seen, (again, _, _, hook) = [], [], one
+
+    def save(responses):
+        saved.append(len(responses))
+        raise OSError("No space left on device")
+
+    hook[0] = lambda done, total: seen.append(done)
+    with pytest.raises(OSError, match="No space left") as caught:
+        again.resume(params, PROMPTS, DRAWS, ResponseStore("model", {}, save))
+    hook[0] = lambda done, total: None
+    assert len(saved) == 1 and not seen and caught.value.__context__ is None
+
+
 def test_keys_tell_everything_apart():
     asked = [
         (PROMPTS[0], 0, LIKE, "a"),
