@@ -858,7 +858,6 @@ REQUIRED_SECTIONS = {
     "compare.methods": ("compare",),
     "audit.estimators": ("audit",),
     "verifier.answer_field": ("rank",),
-    "candidates": ("rank",),
     "evaluate.metrics": ("evaluate", "verifier"),
     "judge.url": ("evaluate",),
 }
