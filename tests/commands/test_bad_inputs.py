@@ -286,7 +286,7 @@ CASES = {
         r"compare.budget = 1 is too small",
     ),
     ("contradiction", "refine without dev"): (
-        lambda b: b.run("refine", b.made / "compare_text.yaml", "--generate.max-new-tokens", 4),
+        lambda b: b.run("refine", b.made / "compare_text.yaml", "--outer.proximal", 0, "--generate.max-new-tokens", 4),
         r"no rows for dev: .*data.dev",
     ),
     ("data", "a device"): (lambda b: b.select("--data.train", "/dev/null"), r"/dev/null: not a file"),
@@ -773,7 +773,7 @@ CASES = {
 TEXT_COMMANDS = {
     "train": lambda b, *flags: b.train(*flags),
     "inspect": lambda b, *flags: ["inspect", "--model", str(b.made / "model"), *map(str, flags)],
-    "refine": lambda b, *flags: b.run("refine", b.made / "compare_text.yaml", *flags),
+    "refine": lambda b, *flags: b.run("refine", b.made / "compare_text.yaml", "--outer.proximal", 0, *flags),
     "export": lambda b, *flags: ["export", "--out", str(b.out), "--weights.file", "w.jsonl", *flags],
     "compare": lambda b, *flags: b.run("compare", b.made / "compare_text.yaml", *flags),
     "audit": lambda b, *flags: b.run("audit", b.made / "compare_text.yaml", *flags),
