@@ -19,7 +19,7 @@ from bilevel_jax.commands.compare.report import format_markdown, render_compare_
 from bilevel_jax.commands.compare.report_answers import _choose_level, describe_arm_answers
 from bilevel_jax.commands.compare.run import compare, learn_weights, make_task_builder
 from bilevel_jax.commands.results import read_result
-from bilevel_jax.lm.inference import generate
+from bilevel_jax.lm.inference import continuous_batching
 from bilevel_jax.runs.budget.work import count_compare_work
 from bilevel_jax.runs.config.load import CompareConfig, load_config
 from bilevel_jax.runs.evaluation.arms import describe_arms, summarize_crossed
@@ -175,8 +175,8 @@ def without_seconds(part):
 
 
 def count_batches(monkeypatch):
-    built, build = [], generate._build_batch
-    monkeypatch.setattr(generate, "_build_batch", lambda *given: built.append(1) or build(*given))
+    built, build = [], continuous_batching._BatchRun
+    monkeypatch.setattr(continuous_batching, "_BatchRun", lambda *given: built.append(1) or build(*given))
     return built
 
 
@@ -229,7 +229,7 @@ def test_a_stop_among_the_verdicts_asks_nothing_twice(config, made, tmp_path, mo
         server.before = lambda number: os.kill(os.getpid(), signal.SIGTERM) if number == 20 else None
         with pytest.raises(Interrupted):
             run(config, made, tmp_path / "run", *flags)
-        monkeypatch.setattr(generate, "_build_batch", None)  # whoever answers again, fails
+        monkeypatch.setattr(continuous_batching, "_BatchRun", None)  # whoever answers again, fails
         again = run(config, made, tmp_path / "run", *flags, "--output.resume")["evaluate"]
         requests = [json.dumps(body, sort_keys=True) for body in server.requests]
         assert len(requests) == len(set(requests)) == total

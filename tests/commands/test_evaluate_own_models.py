@@ -14,7 +14,7 @@ from bilevel_jax.commands.refine.run import refine
 from bilevel_jax.commands.results import read_result
 from bilevel_jax.commands.select.run import select
 from bilevel_jax.commands.train.run import train
-from bilevel_jax.lm.inference import generate
+from bilevel_jax.lm.inference import continuous_batching
 from bilevel_jax.runs.config.load import EvaluateConfig, RefineConfig, SelectConfig, TrainConfig, load_config
 from bilevel_jax.runs.infra.session import Interrupted, Session
 from tests.commands.chat_server import ChatServer, make_judge
@@ -139,7 +139,7 @@ def test_a_stop_asks_nothing_twice_and_changes_no_number(made, tmp_path, monkeyp
         server.before = lambda number: os.kill(os.getpid(), signal.SIGTERM) if number == 9 else None
         with pytest.raises(Interrupted):
             run_select(made, tmp_path / "out", *flags)
-        monkeypatch.setattr(generate, "_build_batch", None)  # whoever answers again, fails
+        monkeypatch.setattr(continuous_batching, "_BatchRun", None)  # whoever answers again, fails
         result = run_select(made, tmp_path / "out", *flags, "--output.resume")["evaluate"]
         requests = [json.dumps(body, sort_keys=True) for body in server.requests]
         assert len(requests) == len(set(requests)) == total
