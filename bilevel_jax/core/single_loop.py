@@ -100,6 +100,8 @@ MIXING_ESTIMAND = (
     "direct mixing: min over theta of rho L_v + (1 - rho) (mean training loss + prior); it trains on V, unweighted"
 )
 
+MAX_FLOOR_EXAMPLES = 4096
+"""Examples that the floor under the weights of `bmo` reads in a step at most."""
 OFFLINE_SELECTION_SHARES = (0.5, 0.4, 0.3)
 """lambda by epoch in the public code of offline data selection."""
 SEAL_SHARES = (1.0, 0.97, 0.94)
@@ -361,6 +363,9 @@ class BMOState(NamedTuple):
     """Rows that went into the level; 0 = measure it on the next batch, before its weights are taken."""
     last_gaps: Float[Array, "examples"]
     """The gap that each row had when it was last seen, nats; -inf before. Written in O(batch), read by `weights`."""
+    recent_gaps: LossGaps | tuple[()] = ()
+    """With a floor under the weights of more than `MAX_FLOOR_EXAMPLES` examples, the gaps that were seen last; else
+    `last_gaps` has them."""
 
 
 class WeightNormalizer(NamedTuple):
@@ -428,8 +433,9 @@ def bmo(
     the examples that are fitted tend to 0, and share the weight at any tau. Where each example keeps a loss of its own,
     as text does, a tau far below the spread of the gaps leaves the few examples that are easiest.
 
-    Micro-batches are summed in a scan; no work of a step grows with the number of examples, but for that floor, which
-    reads their table. L_v of a validation batch is the mean over its own examples.
+    Micro-batches are summed in a scan; no work of a step grows with the number of examples: of more than
+    `MAX_FLOOR_EXAMPLES` the floor goes by as many that were seen last. L_v of a validation batch is the mean over its
+    own examples.
 
     Estimand: `BMO_ESTIMAND`, as share and tau tend to 0, tau faster (a fixed tau pulls to the mean loss along the
     front).
@@ -523,7 +529,9 @@ class _BMO:
         reference = () if self.reference == "none" else jax.tree.map(jnp.array, params)
         opt_state = self.reference.optimizer.init(reference) if isinstance(self.reference, TrainedReference) else ()
         last_gaps = jnp.full(self.num_examples, -jnp.inf, float)
-        return BMOState(train_state, reference, opt_state, jnp.zeros(()), jnp.zeros(()), last_gaps)
+        has_many = self.min_effective_share > 0 and self.num_examples > MAX_FLOOR_EXAMPLES
+        recent_gaps = jnp.full(MAX_FLOOR_EXAMPLES, -jnp.inf, float) if has_many else ()
+        return BMOState(train_state, reference, opt_state, jnp.zeros(()), jnp.zeros(()), last_gaps, recent_gaps)
 
     def step(self, state: BMOState, frozen: Frozen, train: Batch, validation: Batch) -> tuple[BMOState, BMOMetrics]:
         (params, opt_state, num_steps, _), reference = state.train_state, state.reference
@@ -552,6 +560,7 @@ class _BMO:
             log_normalizer,
             state.num_measured + num_seen,
             state.last_gaps.at[train["index"]].set(gaps, mode="drop"),
+            _append_gaps(state.recent_gaps, jnp.where(train["index"] != PADDING, gaps, -jnp.inf)),
         )
         return new_state, BMOMetrics(
             train_loss, validation_loss, share, tree.norm(grad), normalizer.temperature, weights, gaps, merit
@@ -583,7 +592,7 @@ class _BMO:
 
         log_normalizer, temperature = jax.lax.cond(
             state.num_measured > 0,
-            lambda: (state.log_normalizer, self._temperature(state, state.last_gaps)),
+            lambda: (state.log_normalizer, self._temperature(state, _seen_gaps(state))),
             measure_on_batch,
         )
         num_seen = jnp.sum(counts)
@@ -702,7 +711,7 @@ def weights_from_gaps(gaps: LossGaps, temperature: Scalar | float) -> LossGaps:
     return jnp.exp((gaps + smooth_merit(gaps, temperature)) / temperature)
 
 
-def effective_share(gaps: LossGaps, temperature: Scalar | float) -> Scalar:
+def effective_share_at(gaps: LossGaps, temperature: Scalar | float) -> Scalar:
     """(sum w)^2 / (N sum w^2) of the weights at a temperature, over the N examples that are there.
 
     Between 1/N and 1, and larger at a higher temperature.
@@ -744,11 +753,23 @@ def raise_temperature(gaps: LossGaps, temperature: Scalar | float, min_effective
     def halve(_, bounds):
         low, high = bounds
         middle = jnp.sqrt(low) * jnp.sqrt(high)
-        is_enough = effective_share(gaps, middle) >= min_effective_share
+        is_enough = effective_share_at(gaps, middle) >= min_effective_share
         return jnp.where(is_enough, low, middle), jnp.where(is_enough, middle, high)
 
     raised = jax.lax.fori_loop(0, 40, halve, (low, jnp.maximum(low, high)))[1]
-    return jnp.where(effective_share(gaps, low) >= min_effective_share, low, raised)
+    return jnp.where(effective_share_at(gaps, low) >= min_effective_share, low, raised)
+
+
+def _seen_gaps(state: BMOState) -> LossGaps:
+    """What the floor under the weights of the next step goes by."""
+    return state.last_gaps if isinstance(state.recent_gaps, tuple) else state.recent_gaps
+
+
+def _append_gaps(recent_gaps: LossGaps | tuple[()], gaps: LossGaps) -> LossGaps | tuple[()]:
+    """The last of both, as many as there were."""
+    if isinstance(recent_gaps, tuple):
+        return ()
+    return jnp.concatenate([recent_gaps, gaps.ravel()])[-recent_gaps.size :]
 
 
 def _check_effective_share(share: float) -> None:

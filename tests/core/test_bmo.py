@@ -46,7 +46,7 @@ def test_the_floor_is_a_quadratic_where_gaps_have_two_values(share, above):
     r = (-p * q + np.sqrt((p * q) ** 2 - a * c)) / a
     found = single_loop.raise_temperature(gaps, 1e-3, share)
     assert relative(found, 0.7 / -np.log(r)) < 1e-9  # 40 halvings of the logarithm
-    assert abs(single_loop.effective_share(gaps, found) - share) < 1e-9
+    assert abs(single_loop.effective_share_at(gaps, found) - share) < 1e-9
 
 
 def test_laws_of_the_floor():
@@ -54,7 +54,7 @@ def test_laws_of_the_floor():
     gaps = 3 * normal(50, 40)
     find = jax.jit(lambda gaps, tau: single_loop.raise_temperature(gaps, tau, 0.4))
     found = find(gaps, 0.1)
-    assert 0.4 <= single_loop.effective_share(gaps, found) < 0.4 + 1e-9 and found > 0.1
+    assert 0.4 <= single_loop.effective_share_at(gaps, found) < 0.4 + 1e-9 and found > 0.1
     order = np.random.default_rng(0).permutation(40)
     padded = jnp.concatenate([jnp.full(7, -jnp.inf), gaps[order] + 5]).reshape(1, -1)
     assert relative(find(padded, 0.1), found) < 1e-9
@@ -375,6 +375,24 @@ def test_a_step_with_a_floor_has_the_temperature_of_the_gaps_that_were_seen(form
     assert abs(table.sum() ** 2 / (table**2).sum() / ROWS - 0.8) < 1e-6
 
 
+def test_of_many_examples_the_floor_goes_by_those_that_were_seen_last(monkeypatch):
+    """25 of the 30 examples of three steps; order, split and padding of a batch change nothing."""
+    monkeypatch.setattr(single_loop, "MAX_FLOOR_EXAMPLES", 25)
+    options = {"min_effective_share": 0.8, "temperature": optax.constant_schedule(1e-3)}
+    toy, made, state = started("none", **options)
+    seen = []
+    again = made.init(toy.params)
+    for step in range(3):
+        again, info = made.step(again, toy.fixed, toy.train.batch(step), toy.validation.batch(step))
+        seen += info.gaps.ravel().tolist()
+    batch = toy.train.batch(4)  # the last of its epoch: three rows and padding
+    whole = stepped(toy, made, state, batch)
+    expected = single_loop.raise_temperature(jnp.array(seen[-25:]), 1e-3, 0.8)
+    assert relative(whole[1].temperature, expected) < 1e-12 and expected > 1e-3
+    assert relative(whole[1].temperature, single_loop.raise_temperature(state.last_gaps, 1e-3, 0.8)) > 1e-6
+    assert jnp.sum(whole[0].recent_gaps > -jnp.inf) < 25  # what is padded was not seen
+
+
 def test_a_level_that_lags_far_behind_bounds_the_weights():
     toy, made, state = started("none")
     _, info = stepped(toy, made, state._replace(log_normalizer=state.log_normalizer - 1e4), toy.train.batch(3))
@@ -442,15 +460,24 @@ def test_compiles_once_and_works_on_the_batch_alone(form):
     types = [[leaf.aval for leaf in jax.tree.leaves(at)] for at in (made.init(toy.params), state)]
     assert types[0] == types[1]  # nor does the second step compile again
 
-    def traced(rows):
-        many = bmo(toy.problem, optax.adam(1e-2), rows, validation_share=HALF, temperature=TAU, reference=FORMS[form])
+    def traced(rows, floor):
+        many = bmo(
+            toy.problem,
+            optax.adam(1e-2),
+            rows,
+            validation_share=HALF,
+            temperature=TAU,
+            reference=FORMS[form],
+            min_effective_share=floor,
+        )
         shape = jax.eval_shape(many.init, toy.params)
         return jax.make_jaxpr(many.step)(shape, toy.fixed, toy.train.batch(0), toy.validation.batch(0))
 
     rows = 10_000_019
     touching = {
         equation.primitive.name
-        for equation in equations(traced(rows).jaxpr)
+        for floor in (0.0, 0.2)
+        for equation in equations(traced(rows, floor).jaxpr)
         if any(rows in getattr(v.aval, "shape", ()) for v in [*equation.invars, *equation.outvars])
     }
     assert touching <= {"jit", "pjit", "scatter"}  # the table is written in place, in the rows of the batch
