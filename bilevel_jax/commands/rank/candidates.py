@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,19 +12,19 @@ from bilevel_jax.commands.rank.model import (
     RankModel,
     build_question_prompts,
     choose_own_answers,
+    drop_long_questions,
     load_rank_model,
     make_special_token_matcher,
 )
 from bilevel_jax.commands.rank.strategies import (
     Question,
-    load_written_questions,
     order_questions,
     read_own_answers,
 )
 from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.lm.inference.generate import GenerateFn, Prompt, Response
 from bilevel_jax.runs.config.load import RankConfig
-from bilevel_jax.runs.config.rules import names_service
+from bilevel_jax.runs.config.rules import names_service, split_service
 from bilevel_jax.runs.config.schema import CandidatesSection, GenerateSection
 from bilevel_jax.runs.infra import distributed, run_dir
 from bilevel_jax.runs.infra.session import Session
@@ -70,22 +71,26 @@ class WrittenQuestion(NamedTuple):
     responses: dict[str, Response]
 
 
-def write_candidates(config: RankConfig, rank_model: RankModel, session: Session) -> tuple[str, list[str]]:
+def write_candidates(
+    config: RankConfig, rank_model: RankModel, questions: list[Question], session: Session
+) -> tuple[str, list[str]]:
     """The file of the questions that the run reads, each with a response of every strategy, and notes on the rest.
 
-    Questions are taken in the order in which blocks are drawn, until as many as wanted have a usable response of every
+    Questions are taken in the order of `choose_questions`, until as many as wanted have a usable response of every
     strategy. Every response is stored in the run's folder as it arrives, and not asked for again. Raises ValueError for
     a strategy whose responses cannot be used at all, for fewer usable questions than a block takes, for a prompt that
     the writer's context does not hold, and for a question that rank.own_answers leaves out.
     """
     path = session.folder / STRATEGIES_FILE
     is_kept = distributed.broadcast_from_first(path.exists()) == 1
-    notes = session.run_once("candidates", lambda: _write(config, rank_model, session, path), is_kept=is_kept)
+    write = partial(_write, config, rank_model, questions, session, path)
+    notes = session.run_once("candidates", write, is_kept=is_kept)
     return str(path), notes
 
 
-def _write(config: RankConfig, rank_model: RankModel, session: Session, path: Path) -> list[str]:
-    questions, notes = find_questions(config, rank_model)
+def _write(
+    config: RankConfig, rank_model: RankModel, questions: list[Question], session: Session, path: Path
+) -> list[str]:
     wanted = config.candidates.questions or (
         config.rank.block_size * config.rank.num_blocks + config.rank.train_examples
     )
@@ -96,9 +101,8 @@ def _write(config: RankConfig, rank_model: RankModel, session: Session, path: Pa
     writer, generate = _open_writer(config, rank_model, session)
     if "own_style" in config.candidates.strategies and not config.rank.own_answers:
         other_names = [name for name in config.candidates.strategies if name != "own_style"]
-        _make_prompts(
-            config, rank_model, other_names, questions[:wanted], [], writer
-        )  # a fault is told before any work
+        # a fault is told before any work
+        _make_prompts(config, rank_model, other_names, questions[:wanted], [], writer)
         own_answers = _answer_first(config, rank_model, session, questions[:wanted])
     good: list[WrittenQuestion] = []
     bad: dict[str, list[str]] = {}
@@ -132,23 +136,24 @@ def _write(config: RankConfig, rank_model: RankModel, session: Session, path: Pa
         )
     lines = [json.dumps(_make_row(config, one), ensure_ascii=False) for one in good]
     run_dir.write_atomic(path, "".join(f"{line}\n" for line in lines))
-    return notes + _make_notes(config, len(good), asked, bad, num_cut)
+    return _make_notes(config, len(good), asked, bad, num_cut)
 
 
-def find_questions(config: RankConfig, rank_model: RankModel) -> tuple[list[Question], list[str]]:
-    """The questions of data.train that are short enough, in the order in which they are drawn; notes on the others."""
-    questions, notes = load_written_questions(config)
-    questions = order_questions(questions, config.data.seed)
-    limit = config.rank.max_question_tokens
-    if limit:
-        prompts = build_question_prompts(config, rank_model, questions)
-        num_all = len(questions)
-        questions = [one for one, prompt in zip(questions, prompts, strict=True) if len(prompt.tokens) <= limit]
-        if len(questions) < num_all:
-            notes.append(
-                f"{num_all - len(questions):,} of {num_all:,} questions have more than {limit} tokens "
-                "(rank.max_question_tokens), template included, and were not asked"
-            )
+def choose_questions(
+    config: RankConfig, rank_model: RankModel, all_questions: Sequence[Question], notes: Sequence[str]
+) -> tuple[list[Question], list[str]]:
+    """The questions that are short enough, in the order in which blocks are drawn; the notes, with one on the others.
+
+    Raises ValueError for fewer than a block takes.
+    """
+    questions = drop_long_questions(config, rank_model, order_questions(all_questions, config.data.seed))
+    notes = list(notes)
+    if len(questions) < len(all_questions):
+        notes.append(
+            f"{len(all_questions) - len(questions):,} of {len(all_questions):,} questions have more than "
+            f"{config.rank.max_question_tokens} tokens (rank.max_question_tokens), template included, and were not "
+            "asked"
+        )
     if len(questions) < config.rank.block_size:
         raise ValueError(
             f"{len(questions)} questions can be asked, and a block has rank.block_size = {config.rank.block_size} of "
@@ -161,8 +166,8 @@ def _open_writer(config: RankConfig, rank_model: RankModel, session: Session) ->
     """Who writes: the model of a folder, or the one that will be trained; None for a service. And how it is asked."""
     section = config.candidates
     if names_service(section.model):
-        at = max(section.model.rfind("@http://"), section.model.rfind("@https://"))
-        settings = _make_settings(section, "service", section.model[at + 1 :], section.model[:at])
+        name, url = split_service(section.model)
+        settings = _make_settings(section, "service", url, name)
         return None, make_service_generator(settings, session, "candidates")
     settings = replace(_make_settings(section, "embedded", "", ""), max_batch_tokens=config.generate.max_batch_tokens)
     writer = rank_model

@@ -151,6 +151,15 @@ def choose_own_answers(
     return texts
 
 
+def drop_long_questions(config: RankConfig, rank_model: RankModel, questions: list[Question]) -> list[Question]:
+    """The questions of at most rank.max_question_tokens tokens, template included; all without that limit."""
+    limit = config.rank.max_question_tokens
+    if not limit:
+        return questions
+    prompts = build_question_prompts(config, rank_model, questions)
+    return [question for question, prompt in zip(questions, prompts, strict=True) if len(prompt.tokens) <= limit]
+
+
 def build_question_prompts(config: RankConfig, rank_model: RankModel, questions: Sequence[Question]) -> list[Prompt]:
     """The questions as prompts, each by the id of its text: what is drawn does not depend on the strategies."""
     placeholder_examples = [question.with_response("yes") for question in questions]

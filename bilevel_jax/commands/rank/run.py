@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 
 from bilevel_jax.commands.rank import metrics, records, report, report_records, train_then_test
-from bilevel_jax.commands.rank.candidates import find_questions, write_candidates
+from bilevel_jax.commands.rank.candidates import choose_questions, write_candidates
 from bilevel_jax.commands.rank.metrics import METRICS, ResponseMeasures
 from bilevel_jax.commands.rank.model import (
     OwnAnswers,
     RankModel,
-    build_question_prompts,
     collect_own_answers,
+    drop_long_questions,
     load_rank_model,
     tokenize_for_scoring,
 )
@@ -61,27 +61,30 @@ def rank(config: RankConfig) -> dict[str, Any]:
         return _judge_metrics(config)
     _make_prompt_formatter(config)
     with open_run_dir(config) as folder:
+        # a fault of the files is told before any work
         if config.candidates.strategies:
-            load_written_questions(config)  # a fault is told before any work
-            strategy_responses = None
+            asked = load_written_questions(config)
+            names: tuple[str, ...] = config.candidates.strategies
         else:
             strategy_responses = load_strategy_responses(config)
-        names = strategy_responses.strategies if strategy_responses else config.candidates.strategies
+            names = strategy_responses.strategies
         accuracies = parse_accuracies(config.rank.accuracies, names)
         if config.rank.own_answers:
             read_own_answers(config.rank.own_answers, config)
         rank_model = load_rank_model(config)
-        sample = sample_blocks(config, rank_model, strategy_responses) if strategy_responses else None
+        if config.candidates.strategies:
+            questions, notes = choose_questions(config, rank_model, *asked)
+        else:
+            sample = sample_blocks(config, rank_model, strategy_responses)
         with start_session(config, folder) as session:
-            if strategy_responses is None or sample is None:
-                path, notes = write_candidates(config, rank_model, session)
+            if config.candidates.strategies:
+                path, writing_notes = write_candidates(config, rank_model, questions, session)
                 strategy_responses = load_strategy_responses(replace(config, data=replace(config.data, train=(path,))))
-                strategy_responses.notes[:0] = notes
+                strategy_responses.notes[:0] = [*notes, *writing_notes]
                 sample = sample_blocks(config, rank_model, strategy_responses)
-                # further questions need no written responses
                 drawn = {question.id for block in sample.blocks for question in block}
-                others = [one for one in find_questions(config, rank_model)[0] if one.id not in drawn]
-                sample = sample._replace(others=others)
+                # further questions need no written responses
+                sample = sample._replace(others=[one for one in questions if one.id not in drawn])
             return _run_ranking(
                 config,
                 rank_model,
@@ -120,18 +123,11 @@ class QuestionSample(NamedTuple):
 
 def sample_blocks(config: RankConfig, rank_model: RankModel, strategy_responses: StrategyResponses) -> QuestionSample:
     """The blocks of questions."""
-    questions, max_tokens = strategy_responses.questions, config.rank.max_question_tokens
-    notes = []
-    if max_tokens:
-        question_prompts = build_question_prompts(config, rank_model, questions)
-        questions = [
-            question
-            for question, prompt in zip(questions, question_prompts, strict=True)
-            if len(prompt.tokens) <= max_tokens
-        ]
+    questions, notes = drop_long_questions(config, rank_model, strategy_responses.questions), []
+    if config.rank.max_question_tokens:
         notes.append(
-            f"{len(questions):,} questions have at most {max_tokens} tokens (rank.max_question_tokens), template "
-            "included"
+            f"{len(questions):,} questions have at most {config.rank.max_question_tokens} tokens "
+            "(rank.max_question_tokens), template included"
         )
     blocks = draw_blocks(questions, config.rank.block_size, config.rank.num_blocks, config.data.seed)
     if len(blocks) < config.rank.num_blocks:

@@ -27,6 +27,12 @@ def names_service(model: str) -> bool:
     return re.search(r".@https?://.", model) is not None
 
 
+def split_service(model: str) -> tuple[str, str]:
+    """(name, address) of a service; a name may hold an @ of its own."""
+    at = max(model.rfind("@http://"), model.rfind("@https://"))
+    return model[:at], model[at + 1 :]
+
+
 def is_evaluation(config: Any) -> bool:
     """Whether a config is that of `evaluate`, and not of a command that evaluates the models of its own run."""
     return hasattr(config, "evaluate") and not evaluates_own_models(config)

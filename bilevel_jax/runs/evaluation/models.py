@@ -16,7 +16,7 @@ from bilevel_jax.lm.data.tokens import load_tokenizer
 from bilevel_jax.lm.data.vocabulary import check_special_tokens
 from bilevel_jax.runs.config.load import CompareConfig, EvaluateConfig, RefineConfig, SelectConfig, TrainConfig
 from bilevel_jax.runs.config.local_paths import short_file_names
-from bilevel_jax.runs.config.rules import names_service
+from bilevel_jax.runs.config.rules import names_service, split_service
 from bilevel_jax.runs.config.schema import GenerateSection
 from bilevel_jax.runs.infra import sharding
 from bilevel_jax.runs.infra.placement import make_mesh
@@ -111,7 +111,7 @@ def describe_templates(candidates: Sequence[Candidate], template: str) -> list[s
 
 def _open_candidate(config: EvaluateConfig, role: str, path: str, name: str) -> Candidate:
     if names_service(path):
-        return Candidate(role, name, _split_service(path), None)
+        return Candidate(role, name, Service(*split_service(path)), None)
     if path.startswith("builtin:"):
         raise ValueError(
             f"evaluate.{role} is {path!r}: a built-in model is made within a run. Give the folder of that run, such as "
@@ -135,15 +135,9 @@ def _open_candidate(config: EvaluateConfig, role: str, path: str, name: str) -> 
     return Candidate(role, name, None, LocalModel(tokenizer, architecture, decoder, mesh, load_params, folders))
 
 
-def _split_service(path: str) -> Service:
-    """NAME@URL; a name may hold an @ of its own."""
-    at = max(path.rfind("@http://"), path.rfind("@https://"))
-    return Service(path[:at], path[at + 1 :])
-
-
 def _name_models(paths: Sequence[str]) -> list[str]:
     short: dict[str, Any] = short_file_names(path for path in paths if not names_service(path))
-    names = [_split_service(path).name if names_service(path) else short[path] for path in paths]
+    names = [split_service(path)[0] if names_service(path) else short[path] for path in paths]
     if len(set(names)) < len(names):
         return [f"{name} ({role})" for name, role in zip(names, ROLES, strict=False)]
     return names
