@@ -25,13 +25,6 @@ CHAT_TEMPLATE = (
 )
 
 
-def check_not_negative(values: Mapping[str, float]) -> None:
-    """Raise ValueError that names the first of some arguments of a task that is below 0."""
-    for name, value in values.items():
-        if value < 0:
-            raise ValueError(f"{name}={value}: must not be negative.")
-
-
 def make_char_config(characters: str, changes: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """config.json of a Llama of 2 layers and width 32, embeddings tied: some 22 thousand parameters."""
     config = {

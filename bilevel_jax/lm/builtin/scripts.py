@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from bilevel_jax.lm.builtin import char_model
+from bilevel_jax.lm.builtin.rows import check_not_negative, check_rows, draw_labels
 from bilevel_jax.lm.data.batches import permute_indices
 
 LETTERS = "abcdefghijkl"
@@ -86,11 +87,8 @@ def write_scripts_data(
     folder = Path(folder)
     sizes = {"train": train, "validation": validation, "dev": dev, "test": test}
     num_wrong, num_random = round(corrupted * train), round(noise * train)
-    char_model.check_not_negative(sizes | {"lessons": lessons, "corrupted": corrupted, "noise": noise})
-    if not 0 < sum(sizes.values()) <= NUM_QUESTIONS:
-        raise ValueError(f"{sizes}: together they must be 1 to {NUM_QUESTIONS}.")
-    if num_wrong + num_random > train:
-        raise ValueError(f"corrupted={corrupted}, noise={noise}: shares of the rows are wanted, of at most 1 together.")
+    check_not_negative(sizes | {"lessons": lessons, "corrupted": corrupted, "noise": noise})
+    check_rows(sizes, NUM_QUESTIONS, corrupted=corrupted, noise=noise)
     if format not in FORMATS:
         raise ValueError(f"format={format!r}; it is one of {', '.join(FORMATS)}.")
     right = draw_key(seed)
@@ -114,9 +112,8 @@ def write_scripts_data(
         chosen, rejected = (answer, wrong_answer) if is_right else (wrong_answer, answer)
         return row | {"chosen": chosen, "rejected": rejected}
 
-    ordered = ["wrong"] * num_wrong + ["noise"] * num_random + ["clean"] * (train - num_wrong - num_random)
     labels = {name: ["clean"] * size for name, size in sizes.items()}
-    labels["train"] = [ordered[i] for i in permute_indices(np.arange(train), max(train, 1), seed, 2)]
+    labels["train"] = draw_labels(train, num_wrong=num_wrong, num_random=num_random, seed=seed)
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in questions.items():
         rows = [make_row(int(number), label) for number, label in zip(part, labels[name], strict=True)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bilevel_jax.lm.builtin import char_model
+from bilevel_jax.lm.builtin.rows import check_not_negative, check_rows, draw_labels
 from bilevel_jax.lm.data.batches import permute_indices
 
 CHARACTERS = "0123456789+= \n"
@@ -67,11 +68,8 @@ def write_sums_data(
     folder = Path(folder)
     sizes = {"train": train, "validation": validation, "dev": dev, "test": test, "lessons": lessons}
     num_wrong, num_random = round(corrupted * train), round(noise * train)
-    char_model.check_not_negative(sizes | {"corrupted": corrupted, "noise": noise})
-    if not 0 < sum(sizes.values()) <= NUM_QUESTIONS // 8:
-        raise ValueError(f"{sizes}: together they must be 1 to {NUM_QUESTIONS // 8}.")
-    if num_wrong + num_random > train:
-        raise ValueError(f"corrupted={corrupted}, noise={noise}: shares of the rows are wanted, of at most 1 together.")
+    check_not_negative(sizes | {"corrupted": corrupted, "noise": noise})
+    check_rows(sizes, NUM_QUESTIONS // 8, corrupted=corrupted, noise=noise)
     questions = _iter_questions(seed)
     parts = {name: [next(questions) for _ in range(count)] for name, count in sizes.items()}
     numbers = iter(
@@ -79,11 +77,6 @@ def write_sums_data(
             MIN_NUMBER + permute_indices(np.arange(3 * num_random), 3 * num_random * NUM_NUMBERS, seed, 1) % NUM_NUMBERS
         ).tolist()
     )
-
-    def labels(name: str, *, num_wrong: int, noise: int) -> list[str]:
-        count = sizes[name]
-        ordered = ["wrong"] * num_wrong + ["noise"] * noise + ["clean"] * (count - num_wrong - noise)
-        return [ordered[i] for i in permute_indices(np.arange(count), max(count, 1), seed, 2)]
 
     def answer(label: str, a: int, b: int) -> str:
         rules = {"clean": str(a + b), "wrong": add_without_carries(a, b)}
@@ -95,9 +88,11 @@ def write_sums_data(
             for (a, b), label in zip(parts[name], labels, strict=True)
         ]
 
-    files = {"train": make_rows("train", labels("train", num_wrong=num_wrong, noise=num_random))}
+    labels = draw_labels(train, num_wrong=num_wrong, num_random=num_random, seed=seed)
+    files = {"train": make_rows("train", labels)}
     files |= {name: make_rows(name, ["clean"] * sizes[name]) for name in ("validation", "dev", "test")}
-    files["lessons"] = make_rows("lessons", labels("lessons", num_wrong=round(WRONG_LESSON_SHARE * lessons), noise=0))
+    num_wrong_lessons = round(WRONG_LESSON_SHARE * lessons)
+    files["lessons"] = make_rows("lessons", draw_labels(lessons, num_wrong=num_wrong_lessons, num_random=0, seed=seed))
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in files.items():
         if part:
