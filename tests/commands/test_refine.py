@@ -12,7 +12,6 @@ import pytest
 
 from bilevel_jax.commands.refine.candidates import (
     _update_hyper,
-    effective_share,
     hyper_to_weights,
     make_candidate_trainers,
 )
@@ -30,6 +29,7 @@ from bilevel_jax.commands.refine.run import (
     refine,
     run_round,
 )
+from bilevel_jax.core import certify
 from bilevel_jax.lm import models
 from bilevel_jax.lm.losses import sft
 from bilevel_jax.lm.losses.importance import importance_weighted_losses
@@ -464,10 +464,12 @@ def test_examples_that_count_nothing_do_not_hold_the_effective_share_up():
     """Two examples of ten count; one of them has all the weight."""
     multiplicity = np.array([5.0, 5.0, *[0.0] * 8])
     weights = np.array([2.0, 0.0, *[1.0] * 8])
-    assert effective_share(weights, multiplicity) == pytest.approx(0.5)
-    assert effective_share(np.ones(10), multiplicity) == pytest.approx(1.0)
-    halves = effective_share(np.array([2.0, 0.5, 0.5]), np.array([1.0, 0.5, 0.5]))  # a split example counts once
-    assert halves == pytest.approx(effective_share(np.array([2.0, 0.5]), np.ones(2)))
+    assert certify.effective_share(weights, multiplicity) == pytest.approx(0.5)
+    assert certify.effective_share(np.ones(10), multiplicity) == pytest.approx(1.0)
+    halves = certify.effective_share(
+        np.array([2.0, 0.5, 0.5]), np.array([1.0, 0.5, 0.5])
+    )  # a split example counts once
+    assert halves == pytest.approx(certify.effective_share(np.array([2.0, 0.5]), np.ones(2)))
 
 
 @pytest.mark.slow

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from bilevel_jax.commands.refine.rollouts import RoundTask
-from bilevel_jax.core import single_loop, weightings
+from bilevel_jax.core import certify, single_loop, weightings
 from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.training import train_step
 from bilevel_jax.core.types import Hyper, Params, Problem, SingleLoop, TrainStep
@@ -295,7 +294,9 @@ class _OuterSteps:
         stepped = _update_hyper(
             self.outer.weighting, self.outer.max_step, self.hyper, self.multiplicity, estimate.grad, learning_rate
         )
-        share = effective_share(hyper_to_weights(self.outer.weighting, stepped, self.multiplicity), self.multiplicity)
+        share = certify.effective_share(
+            hyper_to_weights(self.outer.weighting, stepped, self.multiplicity), self.multiplicity
+        )
         if is_above_floor := share >= self.outer.ess_floor:
             self.hyper = stepped
         record = {
@@ -371,17 +372,6 @@ def hyper_to_weights(
     peak = jax.lax.stop_gradient(hyper.max())
     risen = jnp.exp(hyper - peak)
     return risen * multiplicity.sum() / jnp.sum(multiplicity * risen)
-
-
-def effective_share(weights: Float[ArrayLike, "examples"], multiplicity: Float[ArrayLike, "examples"]) -> float:
-    """The effective sample size of the weights, over what it is where all are equal.
-
-        (sum m w)^2 / (sum m * sum m w^2)
-
-    An example counts as its multiplicity says, and one that counts nothing not at all.
-    """
-    counts, w = jnp.asarray(multiplicity), jnp.asarray(weights)
-    return float((counts @ w) ** 2 / (counts.sum() * (counts @ w**2)))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

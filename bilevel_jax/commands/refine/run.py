@@ -17,7 +17,6 @@ from bilevel_jax.commands.refine.candidates import (
     Candidate,
     CandidateTrainer,
     candidate_outer,
-    effective_share,
 )
 from bilevel_jax.commands.refine.generator import Generator, prepare_generator, write_generator
 from bilevel_jax.commands.refine.reinforce import (
@@ -37,6 +36,7 @@ from bilevel_jax.commands.refine.rollouts import (
     collect_rollouts,
     mean_verifier_score,
 )
+from bilevel_jax.core import certify
 from bilevel_jax.core.training import trajectory_from_params
 from bilevel_jax.core.types import Params, PyTree, TrainState
 from bilevel_jax.lm.inference.generate import GenerateFn
@@ -366,7 +366,7 @@ def run_round(
         "bound": bound,
         "accepted": bool(accepted),
         "judge": judge,
-        "ess": effective_share(weights, round_task.multiplicity) * float((round_task.multiplicity > 0).sum()),
+        "ess": certify.effective_share(weights, round_task.multiplicity) * float((round_task.multiplicity > 0).sum()),
         "seconds_writing": writing_seconds,
         "work": session.work_done - before,
         "seconds": time.monotonic() - began,

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from bilevel_jax.core.certify.finite_differences import FiniteDifferences, has_another_slope, has_kinks
 from bilevel_jax.core.certify.reliability import Reliability
@@ -173,16 +175,17 @@ def judge_certificates(certificates: Certificates) -> Verdict:
     return _finish(certificates, BELIEVE, SMALL_CHANGES if limit else LARGE_CHANGES, reason, "")
 
 
-def effective_share(weights: Hyper) -> float:
+def effective_share(weights: Hyper, multiplicity: Float[ArrayLike, "examples"] | None = None) -> float:
     """The effective sample size of the weights over the number of examples.
 
-        (sum_i w_i)^2 / (n sum_i w_i^2)
+        (sum_i m_i w_i)^2 / (sum_i m_i  sum_i m_i w_i^2)
 
-    1 where all weights are equal, 1/n where one example has all. Wrong as a measure of how many examples matter where
-    some of them are never trained on.
+    1 where all weights are equal, 1/n where one of n examples has all. Wrong as a measure of how many examples matter
+    where some of them are never trained on: give these the multiplicity 0.
 
     Args:
         weights: float[examples], or a tree with this as its only leaf.
+        multiplicity: m, how often each example counts; None: once.
 
     Returns:
         Between 1/n and 1; nan where all weights are 0.
@@ -192,8 +195,9 @@ def effective_share(weights: Hyper) -> float:
         0.5
     """
     table = np.asarray(jax.tree.leaves(weights)[0], np.float64)
-    energy = table.size * float((table**2).sum())
-    return float(table.sum()) ** 2 / energy if energy > 0 else math.nan
+    counts = np.ones_like(table) if multiplicity is None else np.asarray(multiplicity, np.float64)
+    energy = float(counts.sum()) * float((counts * table**2).sum())
+    return float((counts * table).sum()) ** 2 / energy if energy > 0 else math.nan
 
 
 def shares_to_remove(removed: Sequence[float], share: float) -> tuple[float, ...]:
