@@ -19,6 +19,7 @@ from bilevel_jax.lm.inference.sampling import SamplingParams
 from bilevel_jax.runs.config.schema import ObjectiveSection, ScoresSection, TrainSection
 from bilevel_jax.runs.config.yaml_reader import suggest_nearest
 from bilevel_jax.runs.scoring import likelihoods
+from bilevel_jax.runs.scoring.likelihoods import ScoreValues
 from bilevel_jax.runs.scoring.scores import example_alignments, example_margins
 from bilevel_jax.runs.tasks.text import TextTask
 from bilevel_jax.scores import selfaligned
@@ -88,14 +89,10 @@ class ScoreJob(NamedTuple):
     progress: bool
 
 
-ScoreResult = tuple[Values, tuple[str, ...]] | likelihoods.LikelihoodScore
-"""(values, notes), of some scores with standard errors."""
-
-
 class ScoreKind(NamedTuple):
     """A score by name: how it is computed, and what it reads."""
 
-    compute: Callable[[ScoreJob], ScoreResult]
+    compute: Callable[[ScoreJob], ScoreValues]
     options: tuple[str, ...] = ()
     """The arguments that it reads."""
     takes_holdout: bool = False
@@ -111,8 +108,7 @@ def score(
     _check_options(name, kind, options, holdout is not None)
     candidates = lm.read(examples)
     held_out = lm.read(holdout, name="holdout") if holdout is not None else []
-    result = kind.compute(ScoreJob(lm, candidates, held_out, options, progress))
-    values, notes = result[:2]
+    values, notes, standard_errors = kind.compute(ScoreJob(lm, candidates, held_out, options, progress))
     values = np.where(np.isfinite(values), values, np.nan)
     missing = int(np.isnan(values).sum())
     if missing == len(values):
@@ -120,21 +116,20 @@ def score(
     if missing:
         first = candidates[int(np.flatnonzero(np.isnan(values))[0])].where
         notes = (*notes, f"{missing:,} of {len(values):,} examples have no {name}, the first {first}.")
-    standard_errors = result.standard_errors if isinstance(result, likelihoods.LikelihoodScore) else None
     return Scores(name, values, tuple(example.id for example in candidates), tuple(notes), standard_errors)
 
 
 # ---- one function for each score
 
 
-def compute_plan(job: ScoreJob, *, score_fn: Callable[[ScoreJob], ScoreFn]) -> ScoreResult:
+def compute_plan(job: ScoreJob, *, score_fn: Callable[[ScoreJob], ScoreFn]) -> ScoreValues:
     """A score that asks for likelihoods of the examples alone."""
     candidates = inference.tokenize(job.lm, job.candidates)
     plan = score_fn(job)(candidates, candidates)
-    return plan.combine(inference.answer_requests(job.lm, plan.requests, progress=job.progress)), ()
+    return ScoreValues(plan.combine(inference.answer_requests(job.lm, plan.requests, progress=job.progress)))
 
 
-def compute_reducible(job: ScoreJob) -> ScoreResult:
+def compute_reducible(job: ScoreJob) -> ScoreValues:
     """l_i(this model) - l_i(the model that was trained on the holdout)."""
     if job.options.holdout_model is None:
         raise ValueError(
@@ -147,10 +142,10 @@ def compute_reducible(job: ScoreJob) -> ScoreResult:
         inference.answer_requests(model, requests, progress=job.progress)
         for model in (job.lm, job.options.holdout_model)
     )
-    return reducible_loss(candidates, *answers), ()
+    return ScoreValues(reducible_loss(candidates, *answers))
 
 
-def compute_ica(job: ScoreJob) -> ScoreResult:
+def compute_ica(job: ScoreJob) -> ScoreValues:
     """How much likelier the answer is after holdout examples as demonstrations."""
     lm, (candidates, holdout) = job.lm, (inference.tokenize(job.lm, part) for part in (job.candidates, job.holdout))
     answer = partial(inference.answer_requests, lm, progress=job.progress)
@@ -158,7 +153,7 @@ def compute_ica(job: ScoreJob) -> ScoreResult:
     return likelihoods.ica_values(candidates, holdout, answer, lm.tokenizer, lm.decoder, lm.joined_params, settings)
 
 
-def compute_one_shot(job: ScoreJob) -> ScoreResult:
+def compute_one_shot(job: ScoreJob) -> ScoreValues:
     """The share of holdout answers that are likelier after the example."""
     lm, (candidates, holdout) = job.lm, (inference.tokenize(job.lm, part) for part in (job.candidates, job.holdout))
     answer = partial(inference.answer_requests, lm, progress=job.progress)
@@ -166,19 +161,19 @@ def compute_one_shot(job: ScoreJob) -> ScoreResult:
     return likelihoods.one_shot_values(candidates, holdout, answer, lm.tokenizer, max_length, settings)
 
 
-def compute_margin(job: ScoreJob) -> ScoreResult:
+def compute_margin(job: ScoreJob) -> ScoreValues:
     """EL2N of the example's own answer."""
     task = _make_task(job)
-    return example_margins(task, task.init_params(0)), ()
+    return ScoreValues(example_margins(task, task.init_params(0)))
 
 
-def compute_alignment(job: ScoreJob) -> ScoreResult:
+def compute_alignment(job: ScoreJob) -> ScoreValues:
     """<grad l_i, grad L_v>."""
     task = _make_task(job)
-    return example_alignments(task, task.init_params(0)), ()
+    return ScoreValues(example_alignments(task, task.init_params(0)))
 
 
-def compute_sppl(job: ScoreJob) -> ScoreResult:
+def compute_sppl(job: ScoreJob) -> ScoreValues:
     """-exp(loss of the response) after the model's own answers to other questions."""
     answers, order, notes = collect_own_answers(job)
     k = 2 if job.options.k is None else job.options.k
@@ -210,10 +205,10 @@ def compute_sppl(job: ScoreJob) -> ScoreResult:
     plan = selfaligned.sppl_score(fitting_rows, fitting_rows)
     values = np.full(len(prompted), np.nan)
     values[fits] = plan.combine(inference.answer_requests(job.lm, plan.requests, progress=job.progress))
-    return values, notes
+    return ScoreValues(values, notes)
 
 
-def compute_self_similarity(job: ScoreJob) -> ScoreResult:
+def compute_self_similarity(job: ScoreJob) -> ScoreValues:
     """The cosine, in hidden states, of the response with the model's own answer."""
     lm = job.lm
     answers, _, notes = collect_own_answers(job)
@@ -245,7 +240,7 @@ def compute_self_similarity(job: ScoreJob) -> ScoreResult:
     values = np.full(len(job.candidates), np.nan)
     chosen = np.flatnonzero(fits).tolist()
     values[places[fits]] = similarity(lm.joined_params, [responses[i] for i in chosen], [others[i] for i in chosen])
-    return values, notes
+    return ScoreValues(values, notes)
 
 
 TEMPLATES = ("template", "demonstration_template")

@@ -58,11 +58,11 @@ class ScoreResult(NamedTuple):
     """Of each value, over several sets of demonstrations; None for one set, and of scores that show none."""
 
 
-class LikelihoodScore(NamedTuple):
-    """A score by answers of a language model."""
+class ScoreValues(NamedTuple):
+    """A score without what it took."""
 
     values: Float[np.ndarray, "examples"]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     standard_errors: Float[np.ndarray, "examples"] | None = None
     """As of `ScoreResult`."""
 
@@ -175,7 +175,7 @@ def ica_values(
     decoder: Decoder,
     params: Params,
     settings: ScoresSection,
-) -> LikelihoodScore:
+) -> ScoreValues:
     """`ica_score` of the candidates; `params` are the whole ones, read for embedding = hidden alone.
 
     With several sets of demonstrations the mean over them, and its standard error: how much a score depends on which of
@@ -226,7 +226,7 @@ def ica_values(
             values, make_scores("knn", 1)[0], candidates, holdout, loglik_fn, sample_size=sample, seed=settings.seed
         )
         notes += (f"rank correlation with demonstrations = knn on {sample} rows: {correlation:.3f}.",)
-    return LikelihoodScore(values, notes, standard_errors)
+    return ScoreValues(values, notes, standard_errors)
 
 
 def one_shot_values(
@@ -236,7 +236,7 @@ def one_shot_values(
     tokenizer: Tokenizer,
     max_length: int,
     settings: ScoresSection,
-) -> LikelihoodScore:
+) -> ScoreValues:
     """`oneshot_score` of the candidates on scores.anchors examples of the holdout."""
     usable_indices = np.flatnonzero(holdout.is_kept)
     anchors = sorted(usable_indices, key=lambda j: hash_to_int(holdout.examples[int(j)].id, settings.seed))[
@@ -247,7 +247,7 @@ def one_shot_values(
     )
     plan = score(candidates, take_examples(holdout, np.sort(np.array(anchors))))
     values = plan.combine(loglik_fn(plan.requests))
-    return LikelihoodScore(values, _shortage_notes(plan, candidates, "rows of validation to be judged by"))
+    return ScoreValues(values, _shortage_notes(plan, candidates, "rows of validation to be judged by"))
 
 
 def train_and_validation_rows(task: TextTask) -> tuple[TokenizedExamples, TokenizedExamples]:

@@ -121,17 +121,19 @@ def get_score(stored: pa.Table, column: str, task: Task) -> ExampleScores:
     """A column of `read_scores_table`."""
     indices = task.trainable_indices()
     column_metadata = json.loads(stored.schema.metadata[column.encode()])
-    arrays = []
-    for name in (column, column + STANDARD_ERROR_SUFFIX):
-        if name in stored.column_names:
-            arrays.append(np.full(task.num_examples, np.nan))
-            arrays[-1][indices] = stored[name].to_numpy()
+
+    def spread_over_examples(name: str) -> Float[np.ndarray, "examples"]:
+        values = np.full(task.num_examples, np.nan)
+        values[indices] = stored[name].to_numpy()
+        return values
+
+    error_column = column + STANDARD_ERROR_SUFFIX
     return ExampleScores(
-        arrays[0],
+        spread_over_examples(column),
         column_metadata["passes"],
         column_metadata["seconds"],
         tuple(column_metadata["notes"]),
-        arrays[1] if len(arrays) > 1 else None,
+        spread_over_examples(error_column) if error_column in stored.column_names else None,
     )
 
 
