@@ -119,13 +119,14 @@ def table(cells: dict[str, list[dict[str, Any]]]) -> str:
     given = [spread([run["test"]["right"]["first"] for run in first], 3)]
     given += ["", spread([run["test"]["first"] for run in first], 3), "", "", "", ""]
     lines = [heads, ["---"] * len(heads), ["the model as given", *given]]
+    reference = list(map(right_answers, cells.get(REFERENCE, [])))
     for name, runs in cells.items():
         right = [one["right"] for run in runs for one in run["records"] if one["right"] is not None]
         lines.append(
             [
                 name,
-                spread([run["test"]["right"]["last"] for run in runs], 3),
-                "" if name == REFERENCE else paired(runs, cells.get(REFERENCE, [])),
+                spread(list(map(right_answers, runs)), 3),
+                "" if name == REFERENCE else paired(list(map(right_answers, runs)), reference, 3),
                 spread([run["test"]["last"] for run in runs], 3),
                 f"{sum(run['accepted'] for run in runs)} of {sum(len(run['records']) for run in runs)}",
                 f"{np.mean(right):.3f}" if right else "",
@@ -141,13 +142,12 @@ def right_answers(result: dict[str, Any]) -> float:
     return result["test"]["right"]["last"]
 
 
-def paired(runs: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
-    """How far the right answers lie above the reference's, by seeds, with the 95 % interval by Student's t."""
-    if len(runs) != len(reference) or len(runs) < 2:
+def paired(values: list[float], reference: list[float], digits: int) -> str:
+    """How far the values of the seeds lie above the reference's, with the 95 % interval by Student's t."""
+    if len(values) != len(reference) or len(values) < 2:
         return ""
-    differences = [right_answers(one) - right_answers(other) for one, other in zip(runs, reference, strict=True)]
-    mean, half = mean_interval(differences)
-    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+    mean, half = mean_interval([one - other for one, other in zip(values, reference, strict=True)])
+    return f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
 
 
 def spread(values: list[float], digits: int) -> str:

@@ -22,8 +22,7 @@ import jax
 import numpy as np
 import pyarrow.parquet as pq
 
-from bilevel_jax.runs.stats import mean_interval
-from tests.benchmarks.refine import EXACT, FIXED, NONE, STEPS_ALONE, run_refine, spread
+from tests.benchmarks.refine import EXACT, FIXED, NONE, STEPS_ALONE, paired, run_refine, spread
 
 SIZES = {"train": 128, "validation": 32, "dev": 64, "test": 128}
 SPEECH_SHARE = 0.2
@@ -125,11 +124,7 @@ def table(cells: dict[str, list[dict[str, Any]]]) -> str:
     first = [run["test"]["first"] for run in next(iter(cells.values()))]
     lines.append(["the model as given", spread(first, 4), "", "", "", ""])
     for name, runs in cells.items():
-        difference = ""
-        if name != REFERENCE and REFERENCE in losses and len(runs) > 1:
-            differences = [one - other for one, other in zip(losses[name], losses[REFERENCE], strict=True)]
-            mean, half = mean_interval(differences)
-            difference = f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
+        difference = "" if name == REFERENCE else paired(losses[name], losses.get(REFERENCE, []), 4)
         speech = [run["speech"] for run in runs if run["speech"]]
         ends = f"{np.mean([s[0] for s in speech]):.0%}, {np.mean([s[-1] for s in speech]):.0%}" if speech else ""
         lines.append(
