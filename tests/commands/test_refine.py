@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from bilevel_jax.commands.refine.candidates import (
-    _update_hyper,
+    _pull_back_per_whole,
+    _step,
     hyper_to_weights,
     make_candidate_trainers,
 )
@@ -201,8 +202,10 @@ def test_responses_move_as_the_row_that_they_share(ready):
     entries, base = jnp.array([0.3, -0.2, 0.5]), jnp.ones(3)
     split, third = jnp.array([0.3, -0.2, 0.5 / 3, 0.5 / 3, 0.5 / 3]), jnp.array([1, 1, 1 / 3, 1 / 3, 1 / 3])
     for name in ("sigmoid", "softmax"):
-        one = _update_hyper(name, 1e9, jnp.zeros(3), base, entries, jnp.ones(()))
-        more = _update_hyper(name, 1e9, jnp.zeros(5), third, split, jnp.ones(()))
+        one, more = (
+            _step(1e9, jnp.zeros(len(of)), _pull_back_per_whole(name, jnp.zeros(len(of)), of, given), jnp.ones(()))
+            for of, given in ((base, entries), (third, split))
+        )
         ratio = np.asarray(more)[[0, 1, 2, 3, 4]] / np.asarray(one)[[0, 1, 2, 2, 2]]
         np.testing.assert_allclose(ratio, ratio[0], rtol=1e-5)  # the rms over five rows is not that over three
         weights = [

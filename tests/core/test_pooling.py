@@ -150,3 +150,19 @@ def test_composes_with_jit():
         return weightings.pool_contributions(parts, weightings.measure_part_reliability(parts, parts))
 
     assert relative(jax.jit(direction)(features, halves), direction(features, halves)) < 1e-9
+
+
+def test_parts_of_an_example_have_the_curves_of_the_whole_one():
+    """Also among equal scores; what counts nothing has none, and equal multiplicities of any size change no bit."""
+    random = np.random.default_rng(0)
+    scores, parts = np.round(random.normal(size=30), 1), np.repeat(np.arange(30), random.integers(1, 5, 30))
+    parts = np.concatenate([parts, [30]])
+    scores = np.append(scores, 0.35)  # of which one at least stays whole
+    whole = weightings.rank_curves(scores)
+    split = weightings.rank_curves(scores[parts], multiplicity=1 / np.bincount(parts)[parts])
+    np.testing.assert_allclose(split, whole[parts], atol=1e-12)
+    np.testing.assert_array_equal(weightings.rank_curves(scores, multiplicity=np.ones(31)), whole)
+    np.testing.assert_allclose(weightings.rank_curves(scores, multiplicity=np.full(31, 0.3)), whole, atol=1e-12)
+    more = weightings.rank_curves([*scores, 9.0, -9.0], multiplicity=[*np.ones(31), 0.0, 0.0])
+    np.testing.assert_allclose(more, [*whole, np.zeros(4), np.zeros(4)], atol=1e-12)
+    assert not weightings.rank_curves(scores, multiplicity=np.eye(31)[3]).any()

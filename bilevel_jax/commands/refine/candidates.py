@@ -15,7 +15,8 @@ from bilevel_jax.commands.refine.rollouts import RoundTask
 from bilevel_jax.core import certify, single_loop, weightings
 from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.training import train_step
-from bilevel_jax.core.types import Hyper, Params, Problem, SingleLoop, TrainStep
+from bilevel_jax.core.types import Estimate, Hyper, Params, Problem, SingleLoop, TrainStep
+from bilevel_jax.core.weightings import PartReliability
 from bilevel_jax.lm import models
 from bilevel_jax.lm.losses.importance import RatioKind, importance_weighted_losses
 from bilevel_jax.lm.losses.sft import assemble_params
@@ -28,9 +29,11 @@ from bilevel_jax.runs.engine.reliability import (
     choose_round_evidence,
     is_reliability_at_floor,
     measure_estimate_reliability,
+    measures_reliability,
     reliability_to_record,
 )
 from bilevel_jax.runs.engine.single_loop import (
+    FORWARD_WORK,
     build_single_loop,
     num_single_loop_steps,
     run_single_loop,
@@ -38,6 +41,8 @@ from bilevel_jax.runs.engine.single_loop import (
 from bilevel_jax.runs.engine.trainer import Trainer, check_hypergradient_finite
 from bilevel_jax.runs.infra import checkpoint
 from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.scoring.pooling import PoolingState, StepPooling, empty_pooling_state, pools_steps
+from bilevel_jax.runs.scoring.scores import example_losses, steps_per_epoch
 from bilevel_jax.runs.tasks.evaluation import judges_by_examples
 from bilevel_jax.runs.tasks.objective import Objective, build_objective
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
@@ -237,8 +242,9 @@ def train_unrolled_candidate(
         h <- h - rate e / rms(e),  e_i = (d L_v(theta_T(w)) / d w_i) / multiplicity_i, through the weighting
 
     A hypergradient over its multiplicity, so that G responses which each count 1/G go where one that counts 1 would.
-    Every training run starts from the same model, in a data order of its own; the last one is the candidate. With one
-    step these are the hypergradients at equal weights: one backward pass judges every response.
+    With outer.estimate pooled or auto, rows of like losses share their e_i (`StepPooling`), each counted by its
+    multiplicity. Every training run starts from the same model, in a data order of its own; the last one is the
+    candidate. With one step these are the hypergradients at equal weights: one backward pass judges every response.
 
     It takes the steps of `OuterLoop` (`train_and_estimate`) without what that loop reads to choose the best step: dev
     is kept for the test of the candidate, so the last weights count, and the model is trained once more with them.
@@ -250,6 +256,14 @@ def train_unrolled_candidate(
     while not loop.is_done():
         loop.take_step()
     return loop.train_candidate()
+
+
+class _PooledSteps(NamedTuple):
+    """What the pooled steps of a round carry beside the logits."""
+
+    state: PoolingState
+    losses: Float[Array, "examples"]
+    """The loss of each row, nats, at the end of the round's first training."""
 
 
 class _OuterSteps:
@@ -264,10 +278,19 @@ class _OuterSteps:
         self.start = self.trainer.init_state(self.task.init_params(config.train.seed))
         self.multiplicity = jnp.asarray(round_task.multiplicity, jnp.result_type(float))
         self.hyper = jnp.zeros(self.task.num_examples)
+        self.step_pooling: StepPooling | None = None
+        self.pooled: _PooledSteps | None = None
+        if pools_steps(self.task, self.outer):
+            self.pooled = _PooledSteps(empty_pooling_state(self.task.num_examples, self.hyper), self.hyper)
+            self.step_pooling = StepPooling(
+                self.task, session, self.trainer.draw_halves("validation", self.seed), estimate=self.outer.estimate,
+                train_seed=config.train.seed + ROUND_SEED_STRIDE * round_number, multiplicity=round_task.multiplicity,
+            )  # fmt: skip
         self.records: list[dict[str, Any]] = []
         self.folder = session.folder / "checkpoints" / "outer"
-        if restored := checkpoint.restore_checkpoint(self.folder, self.hyper):
-            self.hyper, self.records = restored.tree, restored.meta["records"]
+        if restored := checkpoint.restore_checkpoint(self.folder, self._saved_arrays()):
+            self.hyper, self.pooled = restored.tree if self.pooled else (restored.tree, None)
+            self.records = restored.meta["records"]
             session.advance(sum(record["work"] for record in self.records))
 
     def is_done(self) -> bool:
@@ -280,10 +303,13 @@ class _OuterSteps:
         weights, seed = self._weights(), self.seed + step
         is_fitted = self.round_task.is_fitted or step > 0
         evidence = choose_round_evidence(self.outer, step, self.sizes, is_fitted=is_fitted)
-        _, estimate = train_and_estimate(
+        halves_seed = seed if evidence == "halves" else None
+        if self.pooled:  # it compares the halves of different steps, so they must be the same
+            halves_seed = self.seed if measures_reliability(self.outer, step, self.outer.steps - 1) else None
+        trajectory, estimate = train_and_estimate(
             self.trainer, weights, self.start, self.task.training_stream(seed), step,
             is_first=self.round_number == step == 0,
-            halves_seed=seed if evidence == "halves" else None, dev_seed=seed if evidence == "dev" else None,
+            halves_seed=halves_seed, dev_seed=seed if evidence == "dev" else None,
         )  # fmt: skip
         check_hypergradient_finite(estimate, f"round {self.round_number}, outer step {step},")
         draw = measure_estimate_reliability(
@@ -291,9 +317,11 @@ class _OuterSteps:
             trained=self.round_task.trained, is_learned=is_fitted or evidence == "dev",
         )  # fmt: skip
         learning_rate = jnp.asarray(outer_learning_rate(self.outer, step / self.outer.steps))
-        stepped = _update_hyper(
-            self.outer.weighting, self.outer.max_step, self.hyper, self.multiplicity, estimate.grad, learning_rate
-        )
+        slope = self._pull_back(estimate.grad)
+        pooling: dict[str, Any] = {}
+        if self.pooled:
+            slope, pooling = self._pool(slope, estimate, trajectory.end.params)
+        stepped = _step(self.outer.max_step, self.hyper, slope, learning_rate)
         share = certify.effective_share(
             hyper_to_weights(self.outer.weighting, stepped, self.multiplicity), self.multiplicity
         )
@@ -306,12 +334,35 @@ class _OuterSteps:
             "share_after": share,
             "is_stepped": is_above_floor,
             **reliability_to_record(draw),
+            **pooling,
             "work": self.session.work_done - work_before,
         }
         self.records.append(record)
         self.session.log.write({"event": "outer", **record})
-        checkpoint.save_checkpoint(self.folder, step, self.hyper, {"records": self.records})
+        checkpoint.save_checkpoint(self.folder, step, self._saved_arrays(), {"records": self.records})
         self.session.mark_saved()
+
+    def _pull_back(self, hypergradient: Array) -> Float[Array, "examples"]:
+        return _pull_back_per_whole(self.outer.weighting, self.hyper, self.multiplicity, hypergradient)
+
+    def _pool(self, slope: Array, estimate: Estimate, end: Params) -> tuple[Array, dict[str, Any]]:
+        """The direction of a pooled step, and how reliable its parts are, as the record has it."""
+        assert self.pooled is not None and self.step_pooling is not None
+        if not self.records:
+            losses = example_losses(self.task, end)
+            self.session.advance(FORWARD_WORK * steps_per_epoch(self.task))
+            self.pooled = self.pooled._replace(losses=jnp.asarray(losses, self.hyper.dtype))
+        has_halves = isinstance(estimate.half_difference, jax.Array)
+        difference = self._pull_back(estimate.half_difference) if has_halves else None
+        last = PartReliability(**self.records[-1]["pooling"]) if self.records else None
+        direction, reliability, state = self.step_pooling.take(
+            self.pooled.state, slope, difference, self.pooled.losses, last
+        )
+        self.pooled = self.pooled._replace(state=state)
+        return direction, {"pooling": reliability._asdict()}
+
+    def _saved_arrays(self) -> Hyper | tuple[Hyper, _PooledSteps]:
+        return (self.hyper, self.pooled) if self.pooled else self.hyper
 
     def train_candidate(self) -> Candidate:
         """The model that is trained with the last weights, in an order of its own."""
@@ -344,7 +395,8 @@ def summarize_reliability(
     """What result.json holds of the reliability of a candidate's hypergradients: the draws of its first and of its last
     step, None where nothing was measured; how many hypergradients there were; whether validation was used up before all
     steps were made, whether the step of the last one would have left the weights on few examples, and why nothing could
-    be measured, in words."""
+    be measured, in words. Of pooled steps how reliable their parts were in the first and in the last, too."""
+    pooled = [record["pooling"] for record in records if "pooling" in record]
     return {
         "first": records[0]["reliability_draw"],
         "last": records[-1]["reliability_draw"],
@@ -352,6 +404,7 @@ def summarize_reliability(
         "is_used_up": is_used_up,
         "is_concentrated": is_concentrated,
         "why_not": why_not,
+        **({"pooling": {"first": pooled[0], "last": pooled[-1]}} if pooled else {}),
     }
 
 
@@ -374,12 +427,15 @@ def hyper_to_weights(
     return risen * multiplicity.sum() / jnp.sum(multiplicity * risen)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _update_hyper(
-    name: str, cap: float, hyper: Hyper, multiplicity: Array, hypergradient: Array, learning_rate: Array
-) -> Hyper:
+@partial(jax.jit, static_argnums=0)
+def _pull_back_per_whole(name: str, hyper: Hyper, multiplicity: Array, hypergradient: Array) -> Hyper:
+    """d L_v / d logit over multiplicity: what a whole row would contribute."""
     hyper_gradient = jax.vjp(lambda h: hyper_to_weights(name, h, multiplicity), hyper)[1](hypergradient)[0]
-    slope = jnp.where(multiplicity > 0, hyper_gradient / jnp.where(multiplicity > 0, multiplicity, 1), 0)
+    return jnp.where(multiplicity > 0, hyper_gradient / jnp.where(multiplicity > 0, multiplicity, 1), 0)
+
+
+@partial(jax.jit, static_argnums=0)
+def _step(cap: float, hyper: Hyper, slope: Hyper, learning_rate: Array) -> Hyper:
     return weightings.normalized_gradient_step(learning_rate, cap)(hyper, slope)
 
 

@@ -327,7 +327,20 @@ def _describe_candidate(candidate: JsonObject) -> str:
             f" The weights stopped after {stored['steps']} steps: by halves of validation the reliability was at most "
             "outer.reliability_floor twice in a row, so validation is used up."
         )
-    return words
+    return words + _describe_pooling(stored.get("pooling"))
+
+
+def _describe_pooling(pooling: JsonObject | None) -> str:
+    """How reliable the parts of pooled steps were; "" where steps are those of single examples."""
+    if not pooling:
+        return ""
+    places = ("first", "last")
+    shared, own = ([format_number(pooling[place][part], 2) for place in places] for part in ("shared", "own"))
+    return (
+        " The steps are pooled: of what examples of like losses share, other halves of validation and another order of "
+        f"the data would give {shared[0]} again in the first step and {shared[1]} in the last; of the examples' own "
+        f"parts {own[0]} and {own[1]} (1: all of it)."
+    )
 
 
 def _describe_draw(draw: Reliability | None) -> str:

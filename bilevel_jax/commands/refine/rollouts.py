@@ -92,6 +92,13 @@ def count_questions(config: RefineConfig, num_trainable: int) -> int:
     return whole.get(config.refine.questions, max(1, round(config.refine.share * num_trainable)))
 
 
+def count_round_rows(config: RefineConfig, num_trainable: int) -> int:
+    """The rows of each round's task: the offline ones that stay, and the responses."""
+    asked = count_questions(config, num_trainable)
+    left = 0 if config.refine.keep_offline else asked
+    return num_trainable - left + asked * config.generate.num_generations
+
+
 def _shuffle(config: RefineConfig, trainable: Int[np.ndarray, "kept"], epoch: int = 0) -> Int[np.ndarray, "kept"]:
     return np.random.default_rng((config.data.seed, 7, *((epoch,) if epoch else ()))).permutation(trainable)
 

@@ -1,5 +1,6 @@
 """The `refine` command, which retrains the model on its own responses."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,6 +35,7 @@ from bilevel_jax.commands.refine.rollouts import (
     build_round_task,
     choose_questions,
     collect_rollouts,
+    count_round_rows,
     mean_verifier_score,
 )
 from bilevel_jax.core import certify
@@ -55,6 +57,7 @@ from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.scoring import verifiers
 from bilevel_jax.runs.scoring.generation import make_generator_factory, make_task_prompts
 from bilevel_jax.runs.scoring.likelihoods import fingerprint_params
+from bilevel_jax.runs.scoring.pooling import describe_fallback, pools_steps
 from bilevel_jax.runs.scoring.verifiers import Verifier
 from bilevel_jax.runs.stats import bootstrap_paired_gain
 from bilevel_jax.runs.tasks import splits
@@ -155,6 +158,7 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> TextTask:
             f"no rows for {' and '.join(f'{part}' for part in missing)}: candidates are trained by validation and "
             "judged on dev. Give data.validation with shares for both in data.split, or data.dev."
         )
+    pools_steps(task, config.outer)  # an error before any work where outer.estimate wants what cannot be
     question_examples = [task.examples[row] for row in task.trainable_indices()] + list_test_questions(task)
     questions = make_task_prompts(task, config.data, question_examples)
     longest = max((len(prompt.tokens) for prompt in questions), default=0) + config.generate.max_new_tokens
@@ -198,6 +202,8 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
     task, session, refine_config = context.task, context.session, context.config
     for note in task.notes:
         session.print_line(note)
+    if fallback := describe_fallback(task, refine_config.outer):
+        session.print_line(fallback)
     session.set_phase("starting", total=count_rounds_work(refine_config, task))
     folder = session.folder / "checkpoints" / "rounds"
     start = task.init_params(refine_config.train.seed)
@@ -271,6 +277,8 @@ def follows_validation(config: RefineConfig, records: list[dict[str, Any]]) -> b
 def count_rounds_work(config: RefineConfig, task: TextTask) -> float:
     """The most that the candidates of all rounds cost, in training steps."""
     sizes = RoundSizes(*(len(held_out_indices(task.held_out_streams[part])) for part in ("validation", "dev")))
+    num_rows = count_round_rows(config, len(task.trainable_indices()))
+    pooled_epoch = math.ceil(num_rows / task.batch_size) if pools_steps(task, config.outer) else None
 
     def count_round(*, is_fitted: bool) -> float:
         candidate_work = sum(
@@ -282,6 +290,7 @@ def count_rounds_work(config: RefineConfig, task: TextTask) -> float:
                 sizes,
                 is_fitted=is_fitted,
                 num_targets=len(task.outer_objective.targets),
+                pooled_epoch=pooled_epoch,
             )
             for name in config.refine.methods
         )

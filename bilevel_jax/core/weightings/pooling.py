@@ -40,7 +40,11 @@ class PartReliability(NamedTuple):
     own: Scalar | float
 
 
-def rank_curves(scores: Float[np.ndarray, "examples"], num_pieces: int = 4) -> Float[np.ndarray, "examples pieces"]:
+def rank_curves(
+    scores: Float[np.ndarray, "examples"],
+    num_pieces: int = 4,
+    multiplicity: Float[np.ndarray, "examples"] | None = None,
+) -> Float[np.ndarray, "examples pieces"]:
     """Features in which a linear function is a continuous, piecewise-linear curve over the rank of a score.
 
         column k: max(0, 1 - |num_pieces r - k|) - its mean,  k = 1 .. num_pieces;  r the rank of the score, from 0 to 1
@@ -48,26 +52,31 @@ def rank_curves(scores: Float[np.ndarray, "examples"], num_pieces: int = 4) -> F
     Args:
         scores: a number for each example, such as its loss in nats; nan of an example that has none.
         num_pieces: pieces of equal length in rank.
+        multiplicity: m, how often each example counts in ranks and means; None: once. One that counts 0 is as one
+            without a score.
 
     Returns:
         float[examples, num_pieces], zeros for an example without a score. Equal scores share their middle rank, so that
-        any rising map of the scores gives the same columns, and equal scores for all give zeros.
+        any rising map of the scores gives the same columns, and equal scores for all give zeros. So do G parts of an
+        example, each of multiplicity 1/G, get what the whole one would, as long as another example stays whole.
 
     Example:
         >>> bj.weightings.rank_curves(jnp.array([3.0, 1.0, 2.0]), num_pieces=1).tolist()
         [[0.5], [-0.5], [0.0]]
     """
     scores = np.asarray(scores, float)
-    known = np.isfinite(scores)
-    ordered = np.sort(scores[known])
-    columns = np.zeros((len(scores), num_pieces))
-    if len(ordered) < 2:
+    counts = np.ones(len(scores)) if multiplicity is None else np.asarray(multiplicity, float)
+    known = np.isfinite(scores) & (counts > 0)
+    counts, columns = counts[known], np.zeros((len(scores), num_pieces))
+    order = np.argsort(scores[known], kind="stable")
+    ordered, mass = scores[known][order], np.concatenate([[0.0], np.cumsum(counts[order])])
+    whole = counts.max(initial=0)
+    if len(ordered) < 2 or mass[-1] <= whole:
         return columns
-    first, after = (np.searchsorted(ordered, scores[known], side) for side in ("left", "right"))
-    middle = (first + after - 1) / 2
-    place = num_pieces * middle[:, None] / (len(ordered) - 1)
+    below, up_to = (mass[np.searchsorted(ordered, scores[known], side)] for side in ("left", "right"))
+    place = num_pieces * ((below + up_to - whole) / 2)[:, None] / (mass[-1] - whole)
     curves = np.maximum(0, 1 - np.abs(place - np.arange(1, num_pieces + 1)))
-    columns[known] = curves - curves.mean(0)
+    columns[known] = curves - (counts[:, None] * curves).sum(0) / counts.sum()
     return columns
 
 

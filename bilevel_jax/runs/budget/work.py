@@ -28,7 +28,7 @@ from bilevel_jax.runs.engine.raters import rater_work
 from bilevel_jax.runs.engine.reliability import RoundSizes, choose_round_evidence, measures_reliability
 from bilevel_jax.runs.engine.single_loop import FORWARD_WORK, count_single_loop_work
 from bilevel_jax.runs.engine.trainer import EXTRA_LOSS_WORK, HVP_WORK, REPLAY_WORK
-from bilevel_jax.runs.scoring.pooling import pooling_work, pools_steps
+from bilevel_jax.runs.scoring.pooling import count_validation_models_work, pooling_work, pools_steps
 from bilevel_jax.runs.tasks.evaluation import KnownLabels, has_target_readings, num_judges, read_labels
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.targets import find_place
@@ -263,22 +263,28 @@ def count_candidate_work(
     *,
     is_fitted: bool,
     num_targets: int = 1,
+    pooled_epoch: int | None = None,
 ) -> float:
     """The most that one candidate of `refine` costs, in training steps; `outer` is that of the candidate.
 
     `is_fitted` says whether the round begins with what follows validation. Its weights may stop at
-    outer.reliability_floor.
+    outer.reliability_floor. `pooled_epoch` is the number of batches that hold all rows once, where steps are pooled:
+    these read the halves of validation beside dev, too.
     """
     if name in SINGLE_LOOP_METHODS:
         return count_single_loop_work(single_loop, outer, max_steps, num_targets)
     if name == "uniform":
         return max_steps
-    num_extra_losses = {"": 0, "halves": 1, "dev": 2}
+    is_pooled = pooled_epoch is not None
+    num_extra_losses = {"": 0, "halves": 1, "dev": 3 if is_pooled else 2}
     extra_losses = sum(
         num_extra_losses[choose_round_evidence(outer, step, sizes, is_fitted=is_fitted or step > 0)]
         for step in range(outer.steps)
     )
-    return max_steps * (1 + outer.steps * (1 + REPLAY_WORK + HVP_WORK) + EXTRA_LOSS_WORK * extra_losses)
+    work = max_steps * (1 + outer.steps * (1 + REPLAY_WORK + HVP_WORK) + EXTRA_LOSS_WORK * extra_losses)
+    if pooled_epoch is not None:  # the losses at the end of the first training, and models of validation
+        work += FORWARD_WORK * pooled_epoch + count_validation_models_work(max_steps, pooled_epoch)
+    return work
 
 
 def _count_epoch_steps(task: Task, outer: OuterSection) -> int:

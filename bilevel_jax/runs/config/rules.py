@@ -114,7 +114,6 @@ def _fits_targets(target: Any, values: tuple[float, ...], readers: tuple[str, ..
 Rule = tuple[str, Callable[[Any], bool], str]
 UNREAD_BY_REFINE = {
     "method": "refine.methods says how candidates are trained",
-    "estimate": "refine makes per-example steps",
     "restart": "every training run of a round starts from the same model (refine.start_from)",
     "reshuffle": "every training run of a round has a data order of its own",
     "patience": "dev decides about whole rounds, and is not read between the steps of one",
@@ -717,6 +716,11 @@ CONFIG_RULES: tuple[Rule, ...] = (
             not hasattr(c, "refine") or c.outer.ess_floor == OuterSection().ess_floor or "unrolled" in c.refine.methods
         ),
         "it stops the steps of unrolled, which refine.methods does not name: leave it out",
+    ),
+    (
+        "outer.estimate",
+        lambda c: not hasattr(c, "refine") or c.outer.estimate == "per_example" or "unrolled" in c.refine.methods,
+        "it is how unrolled steps its weights, which refine.methods does not name: leave it out",
     ),
     (
         "refine.verifier_use",

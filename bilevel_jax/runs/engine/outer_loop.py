@@ -46,16 +46,14 @@ from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.pooling import (
     PoolingState,
     StepPooling,
+    describe_fallback,
     empty_pooling_state,
     pools_steps,
-    why_not_pooled,
 )
 from bilevel_jax.runs.scoring.scores import warm_start_logits
 from bilevel_jax.runs.tasks.evaluation import (
     evaluate_per_example,
     held_out_losses,
-    is_one_trainable_set,
-    num_judges,
     read_labels,
 )
 from bilevel_jax.runs.tasks.optimizers import DECAY_SHAPES
@@ -246,9 +244,8 @@ class OuterLoop:
         self._initial_hyper = hyper = jax.tree.map(place, weighting.init())
         losses, table = place(jnp.zeros(task.num_examples)), place(jnp.zeros(self._num_weights()))
         self.state = OuterState(hyper, hyper, table, table, table, losses, task.init_params(train_seed))
-        trainable = is_one_trainable_set(task)
-        if outer.estimate == "auto" and (reason := why_not_pooled(outer, num_judges(task), is_trainable=trainable)):
-            session.print_line(f"outer.estimate = auto makes per-example steps: {reason}.")
+        if fallback := describe_fallback(task, outer):
+            session.print_line(fallback)
         self._step_pooling: StepPooling | None = None
         if pools_steps(task, outer):
             self.state = self.state._replace(pooling=empty_pooling_state(task.num_examples, losses))

@@ -79,9 +79,17 @@ def pools_steps(task: Task, outer: OuterSection) -> bool:
     return not reason
 
 
+def describe_fallback(task: Task, outer: OuterSection) -> str:
+    """That outer.estimate = auto makes per-example steps, and why, in words; nothing where it pools."""
+    if outer.estimate != "auto":
+        return ""
+    reason = why_not_pooled(outer, num_judges(task), is_trainable=is_one_trainable_set(task))
+    return f"outer.estimate = auto makes per-example steps: {reason}." if reason else ""
+
+
 def pooling_work(task: Task, outer: OuterSection) -> float:
     """What the models of pooled steps take, in training steps; 0 where steps are not pooled."""
-    return count_validation_models_work(task) if pools_steps(task, outer) else 0.0
+    return count_validation_models_work(task.num_steps, steps_per_epoch(task)) if pools_steps(task, outer) else 0.0
 
 
 class StepPooling:
@@ -95,9 +103,12 @@ class StepPooling:
         *,
         estimate: str,
         train_seed: int,
+        multiplicity: Float[np.ndarray, "table"] | None = None,
     ):
+        """`multiplicity` says how often each example counts; None: once. Contributions and directions are then those
+        of one whole example."""
         self.task, self.session, self.halves = task, session, halves
-        self.estimate, self.train_seed = estimate, train_seed
+        self.estimate, self.train_seed, self.multiplicity = estimate, train_seed, multiplicity
         self._features: PoolingFeatures | None = None
 
     def take(
@@ -115,20 +126,29 @@ class StepPooling:
         """
         if last is None:
             losses = measure_validation_model_losses(self.task, self.halves, self.session, train_seed=self.train_seed)
-            self.session.advance(count_validation_models_work(self.task))
+            self.session.advance(count_validation_models_work(self.task.num_steps, steps_per_epoch(self.task)))
             state = state._replace(losses=losses)
         if self._features is None:
-            features = make_pooling_features(fetch_to_host(uniform_losses), state.losses, len(hyper_grad))
+            features = make_pooling_features(
+                fetch_to_host(uniform_losses), state.losses, len(hyper_grad), self.multiplicity
+            )
             self._features = replicate(self.task.mesh, features)
         factors = np.array([self.halves.max(), self.halves.min()], hyper_grad.dtype)
-        parts = split_halves(self._features, factors, hyper_grad, 0 * hyper_grad if difference is None else difference)
+        half = jnp.zeros_like(hyper_grad) if difference is None else difference
+        if self.multiplicity is not None:  # sums over examples count each by its multiplicity: the root in each factor
+            root = jnp.sqrt(jnp.asarray(self.multiplicity, hyper_grad.dtype))
+            hyper_grad, half = root * hyper_grad, root * half
+        parts = split_halves(self._features, factors, hyper_grad, half)
         reliability = last or PartReliability(0.0, 0.0)
         if difference is not None:
             measured = measure_part_reliability(parts, state.earlier) if last else measure_first_reliability(parts)
             reliability = PartReliability(*map(float, measured))
             state = state._replace(earlier=replicate(self.task.mesh, parts))
         relied_on = PartReliability(1.0, 0.0) if self.estimate == "pooled" else reliability
-        return pool_contributions(parts, relied_on), reliability, state
+        direction = pool_contributions(parts, relied_on)
+        if self.multiplicity is not None:
+            direction = jnp.where(root > 0, direction / jnp.where(root > 0, root, 1), 0)
+        return direction, reliability, state
 
 
 def empty_pooling_state(num_examples: int, table: Float[Array, "table"]) -> PoolingState:
@@ -180,24 +200,30 @@ def measure_validation_model_losses(
     return ValidationModelLosses(**losses)
 
 
-def count_validation_models_work(task: Task) -> float:
-    """What `measure_validation_model_losses` takes, in training steps."""
-    return len(ValidationModelLosses._fields) * (task.num_steps + steps_per_epoch(task) / 3)
+def count_validation_models_work(num_steps: int, epoch_steps: float) -> float:
+    """What `measure_validation_model_losses` takes, in training steps, of which an epoch has `epoch_steps`."""
+    return len(ValidationModelLosses._fields) * (num_steps + epoch_steps / 3)
 
 
 def make_pooling_features(
-    uniform_losses: Float[np.ndarray, "table"], losses: ValidationModelLosses, table_size: int
+    uniform_losses: Float[np.ndarray, "table"],
+    losses: ValidationModelLosses,
+    table_size: int,
+    multiplicity: Float[np.ndarray, "examples"] | None = None,
 ) -> PoolingFeatures:
     """Curves of two losses of an example: after uniform training, and under a model of the validation set.
 
-    Entries beyond the examples, to `table_size`, are padding.
+    Entries beyond the examples, to `table_size`, are padding. With `multiplicity` each row is multiplied by its root,
+    so that sums of squares over the examples count each as often as it says.
     """
     num_examples = len(losses.whole)
     known = np.isfinite(losses.whole)
-    uniform = rank_curves(np.where(known, np.asarray(uniform_losses)[:num_examples], np.nan))
+    uniform = rank_curves(np.where(known, np.asarray(uniform_losses)[:num_examples], np.nan), multiplicity=multiplicity)
 
     def columns(validation_losses: Float[np.ndarray, "examples"]) -> np.ndarray:
-        curves = np.concatenate([uniform, rank_curves(validation_losses)], axis=1)
+        curves = np.concatenate([uniform, rank_curves(validation_losses, multiplicity=multiplicity)], axis=1)
+        if multiplicity is not None:
+            curves = np.sqrt(np.asarray(multiplicity, float))[:, None] * curves
         return np.pad(curves, ((0, table_size - num_examples), (0, 0)))
 
     by_half = np.stack([columns(losses.second_half), columns(losses.first_half)])

@@ -361,6 +361,10 @@ def train_holdout_model(task: Task, settings: ScoresSection, session: Session) -
     )
 
 
+_cached_step = lru_cache(maxsize=4)(forward_only_step)
+"""Compiled once for all models that a run trains beside its own."""
+
+
 def train_side_model(
     task: Task, name: str, indices: Int[np.ndarray, "chosen"], *, seed: int, steps: int, session: Session
 ) -> Params:
@@ -374,7 +378,7 @@ def train_side_model(
         state = restored.tree
     stream = task.training_stream(seed, indices, packed=False)
     weights = jnp.ones(task.corpus.num_examples)
-    step = forward_only_step(task.problem, task.optimizer)
+    step = _cached_step(task.problem, task.optimizer)
 
     def take_step(index: int, state: TrainState) -> TrainState:
         return step(state, weights, frozen, stream.batch(index))[0]

@@ -120,7 +120,7 @@ def test_a_pooled_step_is_a_function_of_the_features_or_of_what_is_reliable(task
     steps = task.num_steps
     works = [record["work"] for record in loop.records]
     baselines = 2 * 3
-    assert works[0] == pytest.approx(steps * (5 + EXTRA_LOSS_WORK) + baselines + count_validation_models_work(task))
+    assert works[0] == pytest.approx(steps * (5 + EXTRA_LOSS_WORK) + baselines + count_validation_models_work(steps, 3))
     assert works[1:] == [steps * 5, steps * (5 + EXTRA_LOSS_WORK), steps * (5 + EXTRA_LOSS_WORK)]  # halves in 0, 2, 3
 
 
