@@ -55,6 +55,8 @@ class LogLikScorer(NamedTuple):
     score: Callable[[Params, Sequence[LogLikRequest]], list[LogLik]]
     resume: Callable[[Params, Sequence[LogLikRequest], LogLikStore], list[LogLik]]
     """The same, from and to a store. After an interruption the same list gives, on a CPU, the same bits as without."""
+    count_positions: Callable[[Sequence[LogLikRequest]], int]
+    """The token places that scoring a list reads, padding included; an interruption reads some of them twice."""
 
 
 class RequestRow(NamedTuple):
@@ -109,8 +111,8 @@ def make_loglik_scorer(
         progress: called with (requests done, distinct requests) after every batch.
 
     Returns:
-        Scoring without and with a store of earlier results. Both raise ValueError, with the request's index, for a
-        request that is longer than the model's context, that has a response after nothing, or a token that the
+        Scoring without and with a store of earlier results, and its work. All raise ValueError, with the request's
+        index, for a request that is longer than the model's context, that has a response after nothing, or a token that the
         vocabulary lacks. An empty response has 0 nats and 0 tokens.
 
     Raises:
@@ -145,7 +147,11 @@ def make_loglik_scorer(
         fetch,
         progress,
     )
-    return LogLikScorer(lambda params, requests: engine.resume(params, requests, NULL_LOGLIK_STORE), engine.resume)
+    return LogLikScorer(
+        lambda params, requests: engine.resume(params, requests, NULL_LOGLIK_STORE),
+        engine.resume,
+        engine.count_positions,
+    )
 
 
 NULL_LOGLIK_STORE = LogLikStore("", {}, lambda results: None)
@@ -184,7 +190,7 @@ class _LogLikEngine:
 
     def resume(self, params: Params, requests: Sequence[LogLikRequest], store: LogLikStore) -> list[LogLik]:
         _check_requests(requests, self.config)
-        collector = _LogLikCollector(sorted({request for request in requests if request.response}), store)
+        collector = _LogLikCollector(_distinct_requests(requests), store)
         try:
             in_flight = None  # one batch is prepared and sent while the one before it is computed
             for batch, values in self._score_batches(params, collector):
@@ -196,6 +202,17 @@ class _LogLikEngine:
         finally:
             collector.save()
         return collector.loglik_of(requests)
+
+    def count_positions(self, requests: Sequence[LogLikRequest]) -> int:
+        _check_requests(requests, self.config)
+        distinct, total = _distinct_requests(requests), 0
+        for group in _plan_batches(distinct, self.share_prefixes, self.shapes):
+            if group.prefixes and group.batches:
+                total += _build_prefix_batch(group.prefixes, self.shapes)["tokens"].size
+            for batch in group.batches:
+                length = self.shapes.pick_length(max(_num_tokens_to_read(row, distinct) for row in batch))
+                total += self.shapes.max_rows(length) * length
+        return total
 
     def _score_batches(self, params: Params, collector: "_LogLikCollector") -> Iterator[tuple[list[RequestRow], Array]]:
         """The batches that the store does not have whole, and their losses, perhaps still being computed."""
@@ -281,17 +298,22 @@ def _plan_batches(
 def _split_into_batches(
     rows: list[RequestRow], requests: Sequence[LogLikRequest], shapes: BatchShapes
 ) -> list[list[RequestRow]]:
-    def num_tokens_to_read(row: RequestRow) -> int:
-        prefix, response = requests[row.request]
-        return len(prefix) + len(response) - 1 - row.start  # the last token is only predicted
-
-    rows = sorted(rows, key=lambda row: (-num_tokens_to_read(row), row.request))
+    rows = sorted(rows, key=lambda row: (-_num_tokens_to_read(row, requests), row.request))
     batches, at = [], 0
     while at < len(rows):
-        count = shapes.max_rows(shapes.pick_length(num_tokens_to_read(rows[at])))
+        count = shapes.max_rows(shapes.pick_length(_num_tokens_to_read(rows[at], requests)))
         batches.append(rows[at : at + count])
         at += count
     return batches
+
+
+def _distinct_requests(requests: Sequence[LogLikRequest]) -> list[LogLikRequest]:
+    return sorted({request for request in requests if request.response})
+
+
+def _num_tokens_to_read(row: RequestRow, requests: Sequence[LogLikRequest]) -> int:
+    prefix, response = requests[row.request]
+    return len(prefix) + len(response) - 1 - row.start  # the last token is only predicted
 
 
 def _build_prefix_batch(prefixes: list[np.ndarray], shapes: BatchShapes) -> Batch:

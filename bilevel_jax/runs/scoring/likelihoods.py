@@ -39,8 +39,6 @@ from bilevel_jax.scores.requests import (
 
 ANSWERS_FILE = "answers.jsonl"
 """The journal of answers in the run's checkpoints, deleted when all requests are answered."""
-POSITIONS_KEY = "positions"
-"""In a record of the journal: the token places that were read for its answers. Keys of answers are hashes."""
 AGREEMENT_SAMPLE_SIZE = 200
 """Rows of which a cheaper choice of demonstrations is compared with the published one; at most a tenth of all."""
 
@@ -74,34 +72,22 @@ class ResumableEngine:
         self.params = params
         self._engine = _cached_engine(decoder, mesh, session)
         self._path = session.folder / "checkpoints" / ANSWERS_FILE
-        self._positions_before = self._engine.positions_read
+        self.positions_read = 0
+        """Token places of the requests so far, read by this process or by those before it that were stopped; what a
+        stop had read twice counts once."""
 
     def __call__(
         self, requests: Sequence[LogLikRequest], on_batch: Callable[[int], None] = lambda done: None
     ) -> list[LogLik]:
         """The answers, in order; `on_batch` is told after each batch how many distinct ones have one."""
         journal = Journal(self._path, fsync=True)
-        records = journal.read_new()
-        stored_answers = {key: answer for record in records for key, answer in record.items() if key != POSITIONS_KEY}
-        self._positions_before -= sum(record.get(POSITIONS_KEY, 0) for record in records)
-        positions_saved = self._engine.positions_read
-
-        def save(new_answers: dict[str, float]) -> None:
-            nonlocal positions_saved
-            new_positions = self._engine.positions_read - positions_saved
-            positions_saved = self._engine.positions_read
-            journal.append({**new_answers, POSITIONS_KEY: new_positions})
-
-        store = LogLikStore(fingerprint_params(self.params), stored_answers, save)
+        stored_answers = {key: answer for record in journal.read_new() for key, answer in record.items()}
+        store = LogLikStore(fingerprint_params(self.params), stored_answers, journal.append)
         self._engine.on_batch = on_batch
         answers = self._engine.engine.resume(self.params, requests, store)
+        self.positions_read += self._engine.engine.count_positions(requests)
         distributed.run_on_first_process(journal.remove)
         return answers
-
-    @property
-    def positions_read(self) -> int:
-        """Token places that were read so far, by this process and those before it that were stopped."""
-        return self._engine.positions_read - self._positions_before
 
 
 class TaskLikelihoods:
@@ -122,15 +108,13 @@ class TaskLikelihoods:
         return self._engine.positions_read / self._positions_per_step / 3
 
 
-class CountingEngine:
-    """An engine, compiled once for a run, and how many token places it has read."""
+class SessionEngine:
+    """An engine, compiled once for a run."""
 
     def __init__(self, decoder: Decoder, mesh: Mesh, session: Session):
-        self.positions_read = 0
         self.on_batch: Callable[[int], None] = lambda done: None
 
         def place_batch(batch: Batch) -> Batch:
-            self.positions_read += batch["tokens"].size
             return place_stream(mesh, Stream(lambda step: batch, 1)).batch(0)
 
         def progress(done: int, total: int) -> None:
@@ -143,8 +127,8 @@ class CountingEngine:
 
 
 @lru_cache(maxsize=4)
-def _cached_engine(decoder: Decoder, mesh: Mesh, session: Session) -> CountingEngine:
-    return CountingEngine(decoder, mesh, session)
+def _cached_engine(decoder: Decoder, mesh: Mesh, session: Session) -> SessionEngine:
+    return SessionEngine(decoder, mesh, session)
 
 
 def compute_ica(task: TextTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:

@@ -133,6 +133,8 @@ def test_what_is_shared_is_read_once(params, shared_engine):
     assert read == apart - 6 * 20 - 6 * 31 - 1 * 24
     rows = [int((batch["positions"][0, :, -1] != EMPTY_POSITION).sum()) for batch in seen if "targets" in batch]
     assert sum(rows) == len(distinct)  # so equal requests are scored once, too
+    assert one.count_positions(REQUESTS) == sum(batch["tokens"].size for batch in seen)
+    assert one.count_positions([]) == 0
 
 
 def test_compiles_once_for_each_shape(params):
