@@ -16,6 +16,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 """float32: sums in another order, through two rounds of training; most numbers agree to 1e-6."""
 WAYS = {
     "offline": ("--refine.questions", "fixed"),
+    "ica": ("--refine.questions", "fixed", "--refine.methods", "uniform", "ica", "--scores.k", "1"),
     "reinforce": tuple(text for pair in REINFORCE.items() for text in pair),
 }
 LAYOUTS = {
@@ -37,7 +38,14 @@ def whole(made, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "way, layout", [("offline", "devices"), ("reinforce", "devices"), ("reinforce", "micro-batches")]
+    "way, layout",
+    [
+        ("offline", "devices"),
+        ("ica", "devices"),
+        ("ica", "micro-batches"),
+        ("reinforce", "devices"),
+        ("reinforce", "micro-batches"),
+    ],
 )
 def test_devices_and_micro_batches_change_no_number(way, layout, made, whole, tmp_path):
     result, responses = run(made, tmp_path / "run", *WAYS[way], *LAYOUTS[layout])

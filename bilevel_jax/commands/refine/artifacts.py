@@ -15,6 +15,9 @@ from bilevel_jax.runs.infra import checkpoint, run_dir
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks.text import TextTask
 
+SCORE_COLUMN = "score"
+"""In weights.parquet, the score of an example by the model that its round starts from."""
+
 
 def run_saved_job(
     session: Session, number: int, name: str, folder: Path, like: PyTree, compute: Callable[[], tuple[PyTree, Any]]
@@ -69,8 +72,10 @@ def build_round_weights_table(
     judge: str | None,
     round_number: int,
     rewards: Float[np.ndarray, "responses"] | None = None,
+    scores: dict[str, Float[np.ndarray, "examples"]] | None = None,
 ) -> pa.Table:
-    """The examples of a round with their weights, and, where a generator is trained, the rewards of responses."""
+    """The examples of a round with their weights, and, where a generator is trained, the rewards of responses; `scores`
+    are further columns, where examples are scored."""
     question_examples = [offline_task.examples[row] for row in round_task.question_rows]
     table = pa.table(
         {
@@ -85,10 +90,25 @@ def build_round_weights_table(
             "method": pa.array([judge] * len(weights), pa.string()),
         }
     )
+    for name, values in (scores or {}).items():
+        table = table.append_column(name, pa.array(values, from_pandas=True))  # nan: no score
     if rewards is None:
         return table
     by_row = [None if number < 0 else float(rewards[number]) for number in round_task.response_numbers]
     return table.append_column("reward", pa.array(by_row, pa.float64()))
+
+
+def read_round_scores(session: Session, number: int) -> dict[str, float]:
+    """The scores of the offline examples of an earlier round by their ids; none where it scored nothing."""
+    table = run_dir.read_parquet(weights_path(session, number))
+    if SCORE_COLUMN not in table.column_names:
+        return {}
+    columns = (table[name].to_pylist() for name in ("id", "generated", SCORE_COLUMN))
+    return {
+        example_id: np.nan if score is None else score
+        for example_id, is_generated, score in zip(*columns, strict=True)
+        if not is_generated
+    }
 
 
 def write_round_tables(session: Session, records: list[dict[str, Any]], config_hash: str) -> None:
@@ -112,6 +132,7 @@ def write_round_tables(session: Session, records: list[dict[str, Any]], config_h
         "weight": "factor of the row's loss beside base, by `method`, the best candidate that learns weights; else 1",
         "base": "what the row counts before any weight: 1/G for each of G responses, over the mean of all rows",
         "reward": "of a generator's response: minus the derivative of L_v by its weight at weight 1, over base",
+        SCORE_COLUMN: "of refine.methods = ica: log p(response) with demonstrations minus without, nats",
         "config_hash": config_hash,
     }
     table = pa.concat_tables(weights).replace_schema_metadata({key: text.encode() for key, text in meaning.items()})

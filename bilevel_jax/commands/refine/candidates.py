@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Float
 
 from bilevel_jax.commands.refine.rollouts import RoundTask
+from bilevel_jax.commands.refine.scored import scores_to_weights
 from bilevel_jax.core import certify, single_loop, weightings
 from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.training import train_step
@@ -59,7 +60,7 @@ ROUND_SEED_STRIDE = 1000
 """Between the seeds of the data orders of two rounds: further than a candidate goes."""
 JOINT_METHODS: tuple[RefineMethod, ...] = ("penalty", "bmo", "mixing")
 """The methods that train parameters and weights in one run, by validation."""
-WEIGHT_LEARNING_METHODS: tuple[RefineMethod, ...] = ("unrolled", "penalty", "bmo")
+WEIGHT_LEARNING_METHODS: tuple[RefineMethod, ...] = ("unrolled", "penalty", "bmo", "ica")
 """The methods that weigh examples."""
 
 
@@ -183,13 +184,14 @@ def make_candidate_trainers(config: RefineConfig, offline_task: TextTask) -> dic
     train_functions |= {
         "unrolled": partial(train_unrolled_candidate, config),
         "uniform": partial(train_uniform_candidate, config),
+        "ica": partial(train_scored_candidate, config),
     }
     return {name: make_trainer(name, train_functions[name]) for name in config.refine.methods}
 
 
 def candidate_outer(outer: OuterSection, name: RefineMethod) -> OuterSection:
-    """The section outer of a candidate; one with uniform weights is trained as that of `unrolled`."""
-    return replace(outer, method="unrolled" if name == "uniform" else name)
+    """The section outer of a candidate; one whose weights do not move is trained as that of `unrolled`."""
+    return replace(outer, method="unrolled" if name == "uniform" or name == "ica" else name)
 
 
 class _SingleLoopTrainer:
@@ -227,11 +229,32 @@ def train_uniform_candidate(
     config: RefineConfig, round_task: RoundTask, sampler_params: Params, session: Session, round_number: int
 ) -> Candidate:
     """Plain training on all examples, without weights and without validation: self-training without a judge."""
+    weights = np.ones(round_task.task.num_examples, jnp.result_type(float))
+    return Candidate(train_once(config, round_task, weights, session, round_number), weights)
+
+
+def train_scored_candidate(
+    config: RefineConfig, round_task: RoundTask, sampler_params: Params, session: Session, round_number: int
+) -> Candidate:
+    """Plain training with the weights that the scores of the round give (`scores_to_weights`); these are made before
+    it, and stay."""
+    assert round_task.scores is not None  # the round has made them
+    weights = scores_to_weights(config.weights, round_task, round_task.scores)
+    return Candidate(train_once(config, round_task, weights, session, round_number), weights)
+
+
+def train_once(
+    config: RefineConfig,
+    round_task: RoundTask,
+    weights: Float[np.ndarray, "examples"],
+    session: Session,
+    round_number: int,
+) -> Params:
+    """The parameters after one training run with given weights."""
     trainer = Trainer(round_task.task, candidate_outer(config.outer, "uniform"), session)
-    weights = jnp.ones(round_task.task.num_examples)
     start = trainer.init_state(round_task.task.init_params(config.train.seed))
     stream = round_task.task.training_stream(config.data.seed + ROUND_SEED_STRIDE * round_number)
-    return Candidate(trainer.run(weights, start, stream, outer_step=0).end.params, np.asarray(weights))
+    return trainer.run(jnp.asarray(weights, jnp.result_type(float)), start, stream, outer_step=0).end.params
 
 
 def train_unrolled_candidate(
@@ -444,5 +467,6 @@ ESTIMANDS = {
     "penalty": single_loop.OPTIMISTIC_ESTIMAND,
     "bmo": "multi-objective: least L_v among weakly Pareto-optimal θ; it trains on V",
     "mixing": single_loop.MIXING_ESTIMAND,
+    "ica": "log p(y | demonstrations of V, x) - log p(y | x), read by forward passes of the model that is given",
     "uniform": "the mean training loss; V is not used",
 }

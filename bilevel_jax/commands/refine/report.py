@@ -75,6 +75,7 @@ def render_refine_report(folder: Path, name: str, result: JsonObject, config_tex
         refused_steps=describe_refused_steps(result),
         responses=responses_table(result) if result["examples"] else None,
         mean_weights=mean_weights_table(result),
+        drift=drift_table(result) if any(record.get("scores") for record in result["records"]) else None,
         generator=result.get("generator"),  # runs of earlier versions have none
         generator_rounds=generator_table(result) if result.get("generator") else None,
         generator_picture=plot_generator(result) if result.get("generator") else None,
@@ -241,6 +242,41 @@ def format_generator(record: JsonObject) -> str:
         f"   student {generator['target_loss']:.4f}  KL {generator['kl']:.3f}  entropy {generator['entropy']:.2f}  "
         f"repeated {generator['repeated']:.0%}"
     )
+
+
+def drift_table(result: JsonObject) -> Table:
+    """A line per round: the scores that refine.methods = ica weighs by, and how far they order rows as earlier ones."""
+    records = [record for record in result["records"] if record.get("scores")]
+    scores = [record["scores"] for record in records]
+
+    def correlations(key: str) -> list[Any]:
+        return [format_correlation(one[key]) + f" ({one[key]['rows']:,})" if one[key] else MISSING for one in scores]
+
+    columns = [
+        Column("round", [record["step"] for record in records]),
+        Column("scored", [one["rows"] for one in scores], "rows"),
+        Column("median", [SignedNumber(one["median"]) for one in scores], "nats"),
+        Column("lower", [SignedNumber(one["lower"]) for one in scores], "quartile"),
+        Column("upper", [SignedNumber(one["upper"]) for one in scores], "quartile"),
+        Column("with the first round", correlations("first"), "Spearman (rows)", "tight"),
+        Column("with the round before", correlations("previous"), "Spearman (rows)", "tight"),
+        Column("responses, by the next model", correlations("responses"), "Spearman (rows)", "tight"),
+        Column("passes", [round(one["work"]) for one in scores], "training steps"),
+    ]
+    if any(one["auc"] is not None for one in scores):
+        columns.insert(5, Column("AUC", [one["auc"] for one in scores], "against the labels"))
+    return make_table(*columns)
+
+
+def format_correlation(drift: JsonObject) -> str:
+    """A rank correlation with two digits."""
+    return "none" if drift["spearman"] is None else f"{drift['spearman']:.2f}".replace("-", "−")
+
+
+def format_drift(record: JsonObject) -> str:
+    """How far the scores of a round order rows as those before, for the line of a round; "" without any."""
+    previous = (record.get("scores") or {}).get("previous")
+    return f"   scores agree with those before {format_correlation(previous)}" if previous else ""
 
 
 # ---- reliability

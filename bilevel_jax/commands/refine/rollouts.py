@@ -55,6 +55,8 @@ class RoundTask(NamedTuple):
     """How much each row counts before any weight; mean 1."""
     is_fitted: bool = False
     """Whether validation had a say before the round: in the model that answers and is trained, or in its questions."""
+    scores: Float[np.ndarray, "examples"] | None = None
+    """Of every row by the model that training starts from, where a candidate is weighted by scores."""
 
     @property
     def trained(self) -> Int[np.ndarray, "trained"]:

@@ -38,6 +38,15 @@ from bilevel_jax.commands.refine.rollouts import (
     count_round_rows,
     mean_verifier_score,
 )
+from bilevel_jax.commands.refine.scored import (
+    RoundScores,
+    check_scores,
+    count_scoring_work,
+    describe_scores,
+    rescore_responses,
+    score_rows,
+    scores_folder,
+)
 from bilevel_jax.core import certify
 from bilevel_jax.core.training import trajectory_from_params
 from bilevel_jax.core.types import Params, PyTree, TrainState
@@ -45,7 +54,7 @@ from bilevel_jax.lm.inference.generate import GenerateFn
 from bilevel_jax.lm.losses.sft import assemble_params
 from bilevel_jax.runs.budget.work import count_candidate_work
 from bilevel_jax.runs.config.load import RefineConfig, config_hash
-from bilevel_jax.runs.config.rules import reads_parameters_alone, trains_generator
+from bilevel_jax.runs.config.rules import reads_parameters_alone, trains_generator, weighs_by_scores
 from bilevel_jax.runs.config.schema import RefineMethod
 from bilevel_jax.runs.engine.artifacts import write_model
 from bilevel_jax.runs.engine.reliability import RoundSizes
@@ -56,8 +65,10 @@ from bilevel_jax.runs.infra import checkpoint, run_dir
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.scoring import verifiers
 from bilevel_jax.runs.scoring.generation import make_generator_factory, make_task_prompts
-from bilevel_jax.runs.scoring.likelihoods import fingerprint_params
+from bilevel_jax.runs.scoring.likelihoods import count_ica_work, fingerprint_params
+from bilevel_jax.runs.scoring.online import fill_missing_scores
 from bilevel_jax.runs.scoring.pooling import describe_fallback, pools_steps
+from bilevel_jax.runs.scoring.scores import STANDARD_ERROR_SUFFIX
 from bilevel_jax.runs.scoring.verifiers import Verifier
 from bilevel_jax.runs.stats import bootstrap_paired_gain
 from bilevel_jax.runs.tasks import splits
@@ -79,7 +90,7 @@ class RefineState(NamedTuple):
     params: Params
     """Of the present model: the last that was accepted."""
     weights: Float[Array, "questions"]
-    """The last weight of each question; at the start 1, or of dynamic `estimate_initial_weights`."""
+    """The last weight of each question; at the start 1, or of dynamic `estimate_initial_weights`, of any scale."""
     generator: TrainState | None = None
     """Of the generator that is trained; None where the present model answers."""
     student: Params | None = None
@@ -170,6 +181,9 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> TextTask:
         )
     if trains_generator(config):
         check_round_fits(config, len(task.trainable_indices()))
+    if weighs_by_scores(config):
+        responded = longest if config.refine.questions != "none" else 0
+        check_scores(config, task, max(responded, int(task.corpus.lengths[task.trainable_indices()].max())))
     places = -(-(longest - 1) // 8) * 8 if config.refine.questions != "none" else 0
     task = candidates.attach_compiled_functions(config, task)
     return task._replace(layout=task.layout._replace(length=max(places, task.layout.length)))
@@ -210,7 +224,7 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
     state, records = _init_state(context, start), []
     if restored := checkpoint.restore_checkpoint(folder, state):
         state, records = restored.tree, restored.meta["records"]
-        session.advance(sum(record["work"] for record in records))
+        session.advance(sum(record["work"] for record in records) + session.job_cost(INITIAL_SCORES_JOB)[0])
     elif refine_config.refine.questions == "dynamic":
         state = state._replace(weights=estimate_initial_weights(context, start))
     for number in range(len(records)):
@@ -296,8 +310,14 @@ def count_rounds_work(config: RefineConfig, task: TextTask) -> float:
         )
         return candidate_work + count_reinforce_work(config, len(task.trainable_indices()), sizes, is_fitted=is_fitted)
 
-    later = (config.refine.rounds - 1) * count_round(is_fitted=True)
-    return count_round(is_fitted=follows_validation(config, [])) + later
+    work = count_round(is_fitted=follows_validation(config, [])) + (config.refine.rounds - 1) * count_round(
+        is_fitted=True
+    )
+    if weighs_by_scores(config):
+        work += config.refine.rounds * count_scoring_work(config, task)
+    return work + (
+        count_ica_work(config.scores, task, len(task.trainable_indices())) if starts_by_scores(config) else 0
+    )
 
 
 def run_round(
@@ -334,13 +354,18 @@ def run_round(
         task=round_task.task._replace(init_params=lambda seed: start_params), is_fitted=is_fitted
     )
 
+    scores = None
+    if weighs_by_scores(config):
+        session.set_phase(f"round {number}: scores")
+        scores = score_rows(config, round_task.task, start_params, session, number)
+        round_task = round_task._replace(scores=scores.values)
     reinforced = None
     if context.generator and state.generator:
         reinforced = reinforce_round(
             config, context.generator, state.generator, round_task, round_rollouts, start_params, session, number
         )
     present = compute_dev_losses(offline_task, state.params)
-    trained = train_candidates(context, round_task, sampler_params, number, reinforced)
+    trained = train_candidates(context, round_task, sampler_params, number, reinforced, scores)
     best, *others = sorted(trained.models, key=lambda name: trained.dev_losses[name].mean())
     gain, bound = bootstrap_paired_gain(
         present,
@@ -355,9 +380,20 @@ def run_round(
     run_dir.write_parquet(
         artifacts.weights_path(session, number),
         artifacts.build_round_weights_table(
-            offline_task, round_task, weights, judge, number, reinforced.rewards.responses if reinforced else None
+            offline_task,
+            round_task,
+            weights,
+            judge,
+            number,
+            reinforced.rewards.responses if reinforced else None,
+            _score_columns(scores) if scores else None,
         ),
     )
+    score_record = describe_scores(config, round_task, scores, session, number) if scores else None
+    if scores and score_record and accepted and config.refine.start_from == "accepted":
+        score_record["responses"] = rescore_responses(
+            config, round_task, scores, trained.models[best].params, session, number
+        )
     record = {
         "step": number,
         "model": model_fingerprint,
@@ -370,6 +406,7 @@ def run_round(
             if reinforced
             else {}
         ),
+        **({"scores": score_record} if score_record else {}),
         "best": best,
         "gain": gain._asdict(),
         "bound": bound,
@@ -424,8 +461,12 @@ def train_candidates(
     sampler_params: Params,
     number: int,
     reinforced: ReinforcedRound | None = None,
+    scores: RoundScores | None = None,
 ) -> TrainedCandidates:
-    """Train the candidate of every method in refine.methods but that which gave the rewards, and evaluate it on dev."""
+    """Train the candidate of every method in refine.methods but that which gave the rewards, and evaluate it on dev.
+
+    The cost of the scores is that of the candidate which is weighted by them.
+    """
     trained = TrainedCandidates({}, {}, [])
     for name in context.config.refine.methods:
         context.session.set_phase(f"round {number}: {name}")
@@ -433,6 +474,8 @@ def train_candidates(
             candidate, measured = reinforced.student, reinforced.rewards.cost
         else:
             candidate, measured = train_candidate(context, round_task, sampler_params, number, name)
+        if scores and name == "ica":
+            measured |= {key: measured[key] + scores.facts[key] for key in ("work", "seconds")}
         dev_losses = compute_dev_losses(context.task, candidate.params)
         trained.models[name], trained.dev_losses[name] = candidate, dev_losses
         trained.records.append({"name": name, "dev": float(dev_losses.mean()), **measured})
@@ -442,13 +485,35 @@ def train_candidates(
 def estimate_initial_weights(context: RefineContext, params: Params) -> Float[Array, "questions"]:
     """What takes the place of weights before any were learned: -d L_v / d w_i of one step at the given model, its sign.
 
-    <grad l_i, grad L_v> / rows: below 0 where training on the offline row raises validation loss, to first order.
+    <grad l_i, grad L_v> / rows: below 0 where training on the offline row raises validation loss, to first order. Where
+    no method but ica weighs examples, their scores.
     """
+    if starts_by_scores(context.config):
+        context.session.set_phase("scores of the offline examples")
+        scores = score_rows(context.config, context.task, params, context.session, 0, "offline scores")
+        return jnp.asarray(fill_missing_scores(scores.values), jnp.result_type(float))
     functions = candidates.compiled_functions_for_config(context.config, context.task)
     task = context.task._replace(problem=functions.plain_problem, train_step=functions.plain_step)
     context.session.set_phase("alignment of the offline examples")
     trainer = Trainer(task, candidate_outer(context.config.outer, "unrolled"), context.session)
     return -trainer.estimate_at_end(trajectory_from_params(params), jnp.ones(task.num_examples), alignment=True).grad
+
+
+INITIAL_SCORES_JOB = "round 0/offline scores"
+"""The job of `score_rows` that `estimate_initial_weights` makes."""
+
+
+def starts_by_scores(config: RefineConfig) -> bool:
+    """Whether the first questions are those of the least scores."""
+    weighing = {*WEIGHT_LEARNING_METHODS} & {*config.refine.methods}
+    return config.refine.questions == "dynamic" and weighing == {"ica"}
+
+
+def _score_columns(scores: RoundScores) -> dict[str, Float[np.ndarray, "examples"]]:
+    columns = {artifacts.SCORE_COLUMN: scores.values}
+    if scores.standard_errors is not None:
+        columns[artifacts.SCORE_COLUMN + STANDARD_ERROR_SUFFIX] = scores.standard_errors
+    return columns
 
 
 def train_candidate(
@@ -563,6 +628,7 @@ LOGGED_KEYS = (
     "present",
     "candidates",
     "generator",
+    "scores",
     "best",
     "gain",
     "bound",
@@ -577,6 +643,7 @@ def _remove_candidates(context: RefineContext, number: int) -> None:
     for name in context.config.refine.methods:
         run_dir.remove_folder(_candidate_folder(context.session, number, name))
     run_dir.remove_folder(rewards_folder(context.session, number))
+    run_dir.remove_folder(scores_folder(context.session, number))
 
 
 def _candidate_folder(session: Session, number: int, name: str) -> Path:
@@ -593,4 +660,5 @@ def _format_round(record: dict[str, Any]) -> str:
         f"round {record['step']}   dev loss: present {record['present']:.4f}  {losses_text}   gain "
         f"{gain['value']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]   "
         f"{'ACCEPTED' if record['accepted'] else 'kept'}{right}{reliability}{report.format_generator(record)}"
+        f"{report.format_drift(record)}"
     )

@@ -18,6 +18,9 @@ from bilevel_jax.lm.models.cache import EMPTY_POSITION, KVCache
 from bilevel_jax.lm.models.config import DecoderConfig
 from bilevel_jax.lm.models.decoder import Decoder
 
+MAX_BATCH_TOKENS = 4096
+"""Tokens of a batch of requests, padding included, unless more are asked for."""
+
 
 class LogLikRequest(NamedTuple):
     """A response to be scored after its prefix; token ids of the model's vocabulary."""
@@ -80,7 +83,7 @@ class PrefixGroup(NamedTuple):
 def make_loglik_scorer(
     decoder: Decoder,
     *,
-    max_batch_tokens: int = 4096,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
     bucket_lengths: Sequence[int] = (),
     share_prefixes: bool = True,
     row_multiple: int = 1,
@@ -112,8 +115,8 @@ def make_loglik_scorer(
 
     Returns:
         Scoring without and with a store of earlier results, and its work. All raise ValueError, with the request's
-        index, for a request that is longer than the model's context, that has a response after nothing, or a token that the
-        vocabulary lacks. An empty response has 0 nats and 0 tokens.
+        index, for a request that is longer than the model's context, that has a response after nothing, or a token that
+        the vocabulary lacks. An empty response has 0 nats and 0 tokens.
 
     Raises:
         ValueError: a count below 1.

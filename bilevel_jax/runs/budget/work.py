@@ -269,11 +269,12 @@ def count_candidate_work(
 
     `is_fitted` says whether the round begins with what follows validation. Its weights may stop at
     outer.reliability_floor. `pooled_epoch` is the number of batches that hold all rows once, where steps are pooled:
-    these read the halves of validation beside dev, too.
+    these read the halves of validation beside dev, too. The scores of
+    `ica` are not counted here: they depend on the rows.
     """
     if name in SINGLE_LOOP_METHODS:
         return count_single_loop_work(single_loop, outer, max_steps, num_targets)
-    if name == "uniform":
+    if name in ("uniform", "ica"):
         return max_steps
     is_pooled = pooled_epoch is not None
     num_extra_losses = {"": 0, "halves": 1, "dev": 3 if is_pooled else 2}

@@ -196,6 +196,7 @@ class RefineConfig:
     In each round the present model answers some questions of data.train (section generate), every method of
     refine.methods weights the examples by the validation loss (sections outer, single_loop) and trains a candidate,
     and the best candidate replaces the model where the lower bound of its gain on dev (paired bootstrap) is above 0.
+    The method ica takes the weights from a score of the round's first model instead (sections scores, weights).
     With refine.generator = reinforce a separate generator answers, and is trained by what its responses were worth.
     The test examples are evaluated once, at the end; evaluate.prompts are then answered by the first and last model.
     """
@@ -215,6 +216,8 @@ class RefineConfig:
     train: schema.TrainSection = schema.TrainSection()
     outer: schema.OuterSection = schema.OuterSection()
     single_loop: schema.SingleLoopSection = schema.SingleLoopSection()
+    scores: schema.ScoresSection = schema.ScoresSection()
+    weights: schema.ScoreWeightsSection = schema.ScoreWeightsSection()
     output: schema.OutputSection = schema.OutputSection()
     mesh: schema.MeshSection = schema.MeshSection()
     distributed: schema.DistributedSection = schema.DistributedSection()

@@ -9,7 +9,14 @@ from typing import Any
 
 from bilevel_jax.lm.inference.parameters import SERVICE_PARAMETERS
 from bilevel_jax.runs.config.bounds import violation
-from bilevel_jax.runs.config.schema import POOLED_METHODS, SINGLE_LOOP_METHODS, OuterSection, SelectionSection
+from bilevel_jax.runs.config.schema import (
+    POOLED_METHODS,
+    SINGLE_LOOP_METHODS,
+    OuterSection,
+    ScoresSection,
+    ScoreWeightsSection,
+    SelectionSection,
+)
 
 
 def reads_array_data(config: Any) -> bool:
@@ -63,6 +70,11 @@ def _compares_answers(config: Any) -> bool:
 def trains_generator(config: Any) -> bool:
     """Whether a run is one of `refine` that trains its generator."""
     return hasattr(config, "refine") and config.refine.generator == "reinforce"
+
+
+def weighs_by_scores(config: Any) -> bool:
+    """Whether a run is one of `refine` with a candidate whose weights are scores."""
+    return hasattr(config, "refine") and "ica" in config.refine.methods
 
 
 def _holds_whole_groups(config: Any) -> bool:
@@ -654,8 +666,10 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "refine.questions",
-        lambda c: c.refine.questions != "dynamic" or not {"unrolled", "penalty", "bmo"}.isdisjoint(c.refine.methods),
-        "dynamic chooses by weights: name unrolled, penalty or bmo in refine.methods",
+        lambda c: (
+            c.refine.questions != "dynamic" or not {"unrolled", "penalty", "bmo", "ica"}.isdisjoint(c.refine.methods)
+        ),
+        "dynamic chooses by weights: name unrolled, penalty, bmo or ica in refine.methods",
     ),
     (
         "refine.generator",
@@ -671,6 +685,48 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "refine.methods",
         lambda c: not trains_generator(c) or "bmo" not in c.refine.methods,
         "refine.generator = reinforce rewards by a student of plain losses, bmo weighs by likelihood: leave bmo out",
+    ),
+    (
+        "refine.methods",
+        lambda c: not (trains_generator(c) and weighs_by_scores(c)),
+        "refine.generator = reinforce rewards by exact hypergradients, ica weighs by scores: leave one of them out",
+    ),
+    (
+        "refine.methods",
+        lambda c: not (reads_parameters_alone(c) and weighs_by_scores(c)),
+        "ica shows validation examples to the model, and a target of the parameters alone has none: leave ica out",
+    ),
+    *(
+        (
+            name,
+            lambda c, name=name, default=default: (
+                not hasattr(c, "refine") or weighs_by_scores(c) or getattr(c, name) == default
+            ),
+            "it is for ica, which refine.methods does not name: leave the section out",
+        )
+        for name, default in (("scores", ScoresSection()), ("weights", ScoreWeightsSection()))
+    ),
+    *(
+        (
+            f"scores.{key}",
+            lambda c, key=key: not hasattr(c, "refine") or getattr(c.scores, key) == getattr(ScoresSection(), key),
+            f"it is for the score {name}, and refine scores by ica alone: leave it out",
+        )
+        for key, name in (("anchors", "oneshot"), ("holdout_steps", "reducible"))
+    ),
+    (
+        "scores.embedding",
+        lambda c: not weighs_by_scores(c) or c.scores.embedding != "file" or c.refine.questions == "none",
+        "responses are not in the file: choose tfidf or hidden, or set refine.questions to none",
+    ),
+    (
+        "weights.quantile",
+        lambda c: (
+            not hasattr(c, "refine")
+            or c.weights.scaling == "quantiles"
+            or c.weights.quantile == ScoreWeightsSection().quantile
+        ),
+        "it is for weights.scaling = quantiles: set that, or leave it out",
     ),
     (
         "refine.verifier_use",

@@ -342,6 +342,17 @@ class WeightsSection:
 
 
 @dataclass(frozen=True)
+class ScoreWeightsSection:
+    """The map from the scores of refine.methods = ica to weights, which are then divided by their mean."""
+
+    scaling: Literal["examples", "quantiles", "ranks"] = "examples"
+    """Weights by min-max over all examples of the round (examples, quantiles), or by ranks."""
+
+    quantile: Annotated[float, Interval(ge=0, lt=0.5)] = 0.05
+    """scaling=quantiles: share of the examples at each end that gets the least or the largest weight."""
+
+
+@dataclass(frozen=True)
 class ScoresSection:
     """Data scores, which the model computes from training and validation examples; larger is better."""
 
@@ -429,7 +440,7 @@ class GenerateSection:
     """service: other names of what is sent, as max_tokens=max_completion_tokens; seed= leaves the seed out."""
 
 
-RefineMethod = Literal["unrolled", "penalty", "bmo", "mixing", "uniform"]
+RefineMethod = Literal["unrolled", "penalty", "bmo", "mixing", "ica", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -451,7 +462,8 @@ class RefineSection:
     hypergradients, section reinforce)."""
 
     methods: Annotated[tuple[RefineMethod, ...], MinLen(1), Unique()] = ("penalty",)
-    """Methods that weight the examples; each trains one candidate per round. uniform: all weights 1."""
+    """Methods that weight the examples; each trains one candidate per round. ica: by scores of the model that the round
+    starts from (sections scores, weights). uniform: all weights 1."""
 
     keep_offline: bool = False
     """Keep the given response of an answered question in the training data, in addition to the generated ones."""

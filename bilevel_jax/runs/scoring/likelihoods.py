@@ -1,6 +1,7 @@
 """Likelihood-based scores and the resumable engine behind them."""
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -14,7 +15,14 @@ from jaxtyping import Float
 from bilevel_jax.core.types import Batch, Params, Stream
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.render import Tokenizer
-from bilevel_jax.lm.inference.loglik import LogLik, LogLikRequest, LogLikStore, make_loglik_scorer
+from bilevel_jax.lm.inference.loglik import (
+    MAX_BATCH_TOKENS,
+    LogLik,
+    LogLikRequest,
+    LogLikStore,
+    make_loglik_scorer,
+)
+from bilevel_jax.lm.inference.padding import BatchShapes, make_buckets
 from bilevel_jax.lm.losses.sft import assemble_params
 from bilevel_jax.lm.models import Decoder
 from bilevel_jax.runs.config.schema import ScoresSection
@@ -96,7 +104,7 @@ class TaskLikelihoods:
     def __init__(self, task: TextTask, params: Params, session: Session):
         self.params = assemble_params(params, task.base_params)
         self._engine = ResumableEngine(task.decoder, self.params, task.mesh, session)
-        self._positions_per_step = task.layout.num_micro_batches * task.layout.rows * task.layout.length
+        self._positions_per_step = count_step_positions(task)
 
     def __call__(self, requests: Sequence[LogLikRequest]) -> list[LogLik]:
         """The answers, in order."""
@@ -142,6 +150,61 @@ def check_embeddings(settings: ScoresSection, *parts: Sequence[Example]) -> None
     """Raise ValueError before a run where scores.embedding_file lacks one of the examples that `ica` compares."""
     for examples in parts if settings.embedding == "file" else ():
         load_embeddings(settings.embedding_file).rows(examples)
+
+
+def check_demonstrations_fit(settings: ScoresSection, task: TextTask, longest: int) -> None:
+    """Raise ValueError where `ica` could not show scores.k validation examples before each row of up to `longest`
+    tokens, whichever it chooses: rows with fewer of them would have other scores than rows with all."""
+    demonstration_selector(settings.demonstrations)  # raises for a name that is unknown
+    holdout = train_and_validation_rows(task)[1]
+    usable, needed = int(holdout.is_kept.sum()), settings.k * settings.demonstration_sets
+    if usable < needed:
+        sets = f" in {settings.demonstration_sets} sets" if settings.demonstration_sets > 1 else ""
+        raise ValueError(
+            f"{usable} validation examples, and scores.k = {settings.k}{sets} takes {needed} of them as "
+            "demonstrations. Give more in data.validation, or lower scores.k."
+        )
+    context = count_context_tokens(settings, task)
+    if context + longest > task.architecture.max_length:
+        raise ValueError(
+            f"the longest example has {longest} tokens with its response, and scores.k = {settings.k} of the longest "
+            f"validation examples before it {context} more: over the model's {task.architecture.max_length}. Lower "
+            "scores.k or generate.max_new_tokens, or leave out the long examples."
+        )
+
+
+def count_context_tokens(settings: ScoresSection, task: TextTask) -> int:
+    """The most tokens that `ica` puts before an example: those of the scores.k longest demonstrations."""
+    demonstration_format = _prompt_format(task.tokenizer, settings)
+    holdout = train_and_validation_rows(task)[1]
+    pieces = [
+        demonstration_format.format_demonstration(holdout.sequences(int(place))[0])
+        for place in np.flatnonzero(holdout.is_kept)
+    ]
+    longest = sorted(pieces, key=len)[-settings.k :]
+    return len(demonstration_format.format_context(longest)) - len(demonstration_format.bos)  # which the example has
+
+
+def count_ica_work(settings: ScoresSection, task: TextTask, num_rows: int) -> int:
+    """About the most that `ica` of some rows costs, in whole training steps: as if each were the longest, and shared no
+    prefix with another; without the hidden states of scores.embedding = hidden."""
+    shapes = BatchShapes(make_buckets(task.architecture, ()), MAX_BATCH_TOKENS, task.mesh.size)
+    row, context = task.layout.length + 1, count_context_tokens(settings, task)
+
+    def count_positions(num_requests: int, num_tokens: int) -> int:
+        length = shapes.pick_length(min(num_tokens, task.architecture.max_length) - 1)  # the last is only predicted
+        batch_rows = shapes.max_rows(length)
+        return -(-num_requests // batch_rows) * batch_rows * length
+
+    positions = count_positions(num_rows, row) + count_positions(settings.demonstration_sets * num_rows, row + context)
+    if settings.demonstrations != "knn":
+        positions += count_positions(min(AGREEMENT_SAMPLE_SIZE, num_rows // 10), row + context)
+    return math.ceil(positions / count_step_positions(task) / 3)
+
+
+def count_step_positions(task: TextTask) -> int:
+    """Token places of a training step, padding included."""
+    return task.layout.num_micro_batches * task.layout.rows * task.layout.length
 
 
 def compute_one_shot(task: TextTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:

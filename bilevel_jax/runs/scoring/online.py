@@ -124,7 +124,7 @@ class Reweighting:
         self.scores_by_step[refresh_step] = scores
         values = fill_missing_scores(scores.values)
         is_per_step = self.weights_config.scaling == "batch"
-        self._values_by_step[refresh_step] = values if is_per_step else scale_over_examples(values, self.weights_config)
+        self._values_by_step[refresh_step] = values if is_per_step else self._scale(values)
 
     def step_weights(self, step: int) -> Hyper:
         """What `problem` reads at a step, on the mesh."""
@@ -140,7 +140,7 @@ class Reweighting:
             np.add.at(total, index[is_real], weights[is_real])
             np.add.at(count, index[is_real], 1)
             num_equal_steps += int(np.ptp(self._values_at(step)[index[is_real]]) == 0)
-        final_weights = scale_over_examples(self.scores_by_step[self.refresh_steps[-1]].values, self.weights_config)
+        final_weights = self._scale(self.scores_by_step[self.refresh_steps[-1]].values)
         return WeightSummary(
             np.divide(total, count, out=final_weights, where=count > 0), int((count > 0).sum()), num_equal_steps
         )
@@ -170,10 +170,10 @@ class Reweighting:
                 {
                     "step": start,
                     **dict(zip(("least", "lower", "median", "upper", "largest"), quantiles, strict=True)),
-                    "with_first": _score_correlation(
+                    "with_first": score_correlation(
                         self.scores_by_step[0].values[indices] if records else None, values
                     ),
-                    "with_previous": _score_correlation(previous_values, values),
+                    "with_previous": score_correlation(previous_values, values),
                     "auc": self._label_auc(scored.values),
                     "standard_error": _median_standard_error(scored, indices),
                     "passes": scored.passes,
@@ -182,6 +182,10 @@ class Reweighting:
                 }
             )
         return records
+
+    def _scale(self, scores: Float[np.ndarray, "examples"]) -> Float[np.ndarray, "examples"]:
+        weights = scale_over_examples(scores, self.weights_config.scaling, self.weights_config.quantile)
+        return weights / weights.mean() if self.weights_config.mean_one else weights
 
     def _values_at(self, step: int) -> Float[np.ndarray, "examples"]:
         return self._values_by_step[max(start for start in self.refresh_steps if start <= step)]
@@ -207,11 +211,12 @@ def plan_refresh_steps(steps: int, count: int) -> tuple[int, ...]:
     return tuple(sorted({index * steps // count for index in range(count)}))
 
 
-def scale_over_examples(scores: Float[np.ndarray, "examples"], config: WeightsSection) -> Float[np.ndarray, "examples"]:
-    """Scores to weights over all rows at once, as the scale says; 0 for a row without a score."""
-    cut = config.quantile if config.scaling == "quantiles" else 0.0
-    weights = rank_weights(scores) if config.scaling == "ranks" else clipped_minmax_weights(scores, cut, 1 - cut)
-    return weights / weights.mean() if config.mean_one else weights
+def scale_over_examples(
+    scores: Float[np.ndarray, "examples"], scaling: str, quantile: float
+) -> Float[np.ndarray, "examples"]:
+    """Scores to weights over all rows at once, as `scaling` says; 0 for a row without a score."""
+    cut = quantile if scaling == "quantiles" else 0.0
+    return rank_weights(scores) if scaling == "ranks" else clipped_minmax_weights(scores, cut, 1 - cut)
 
 
 def fill_missing_scores(scores: Float[np.ndarray, "examples"]) -> Float[np.ndarray, "examples"]:
@@ -219,9 +224,13 @@ def fill_missing_scores(scores: Float[np.ndarray, "examples"]) -> Float[np.ndarr
     return np.where(np.isnan(scores), np.nanmin(scores), scores)
 
 
-def _score_correlation(
+def score_correlation(
     first: Float[np.ndarray, "examples"] | None, second: Float[np.ndarray, "examples"]
 ) -> float | None:
+    """Spearman's rank correlation of two scores of the same rows; None without a first one, or where one says nothing.
+
+    A row without a score counts as the least.
+    """
     value = np.nan if first is None else rank_correlation(fill_missing_scores(first), fill_missing_scores(second))
     return None if np.isnan(value) else value
 
