@@ -319,6 +319,8 @@ class RefineResult:
     weights: Float[np.ndarray, "rows"]
     rewards: Float[np.ndarray, "rows"]
     """Of the responses of a generator that is trained: minus the derivative of L_v by the weight; NaN for others."""
+    scores: Float[np.ndarray, "rows"]
+    """With refine.methods = ica, by the model that the round starts from; NaN without."""
     model: Path
     """Folder of the last accepted model."""
     generator: Path | None
@@ -660,7 +662,8 @@ def _read_refine(shared: dict[str, Any], result: dict[str, Any], folder: Path) -
         generated=_numbers(table, "generated"),
         multiplicity=_numbers(table, "base"),
         weights=_numbers(table, "weight"),
-        rewards=_numbers(table, "reward") if "reward" in table.column_names else np.full(table.num_rows, np.nan),
+        rewards=_optional_numbers(table, "reward"),
+        scores=_optional_numbers(table, "score"),
         model=folder / "model",
         generator=folder / "generator" if result.get("generator") else None,  # runs of earlier versions have none
         evaluations=_read_evaluations(result, folder),
@@ -755,6 +758,11 @@ def _texts(table: pa.Table, name: str) -> Column:
 
 def _numbers(table: pa.Table, name: str) -> Any:
     return np.array(table[name].to_numpy())  # a copy, which may be written to and does not hold the table
+
+
+def _optional_numbers(table: pa.Table, name: str) -> Any:
+    """Numbers of a column; NaN where it, or one of its values, is not there."""
+    return _numbers(table, name) if name in table.column_names else np.full(table.num_rows, np.nan)
 
 
 def _optional(table: pa.Table, name: str) -> Any:

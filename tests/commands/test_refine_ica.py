@@ -21,6 +21,7 @@ from bilevel_jax.runs.scoring.likelihoods import TaskLikelihoods, train_and_vali
 from bilevel_jax.scores import incontext
 from bilevel_jax.scores.demonstrations import demonstration_selector
 from tests.commands.test_refine import NEEDED, answered, build_round_task, same
+from tests.commands.typed_results import check_columns
 
 ICA = ("--refine.methods", "uniform", "ica", "--refine.questions", "fixed", "--scores.k", "1")
 DYNAMIC = ("--refine.methods", "ica", "--refine.questions", "dynamic", "--scores.k", "1")
@@ -117,6 +118,12 @@ def test_rows_that_count_nothing_and_rows_without_a_score(ready):
 
 
 # ---- a run
+
+
+def test_the_typed_result_holds_the_scores(whole):
+    columns = {"ids": "id", "weights": "weight", "scores": "score"}
+    typed, _ = check_columns(whole[0], "weights.parquet", columns)
+    assert np.isfinite(typed.scores).all() and np.isnan(typed.rewards).all()
 
 
 def test_a_round_weighs_by_its_scores_and_tells_their_drift(whole):
