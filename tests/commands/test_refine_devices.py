@@ -7,6 +7,7 @@ import pytest
 from bilevel_jax.commands.refine.run import refine
 from bilevel_jax.runs.config.load import RefineConfig, load_config
 from tests.commands.test_refine_generator import REINFORCE
+from tests.commands.test_refine_ica import ICA
 
 pytestmark = pytest.mark.slow
 
@@ -16,7 +17,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 """float32: sums in another order, through two rounds of training; most numbers agree to 1e-6."""
 WAYS = {
     "offline": ("--refine.questions", "fixed"),
-    "ica": ("--refine.questions", "fixed", "--refine.methods", "uniform", "ica", "--scores.k", "1"),
+    "ica": ICA,
     "reinforce": tuple(text for pair in REINFORCE.items() for text in pair),
 }
 LAYOUTS = {

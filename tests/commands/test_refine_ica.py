@@ -23,8 +23,13 @@ from bilevel_jax.scores.demonstrations import demonstration_selector
 from tests.commands.test_refine import NEEDED, answered, build_round_task, same
 from tests.commands.typed_results import check_columns
 
-ICA = ("--refine.methods", "uniform", "ica", "--refine.questions", "fixed", "--scores.k", "1")
-DYNAMIC = ("--refine.methods", "ica", "--refine.questions", "dynamic", "--scores.k", "1")
+ALONE = (
+    "--outer.steps", "8", "--outer.weighting", "softmax", "--single-loop.steps", "0", "--single-loop.eval-steps", "50",
+    "--scores.k", "1",
+)  # fmt: skip
+"""The defaults again where refine.yaml has others, which methods without steps of weights refuse."""
+ICA = ("--refine.methods", "uniform", "ica", "--refine.questions", "fixed", *ALONE)
+DYNAMIC = ("--refine.methods", "ica", "--refine.questions", "dynamic", *ALONE)
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +257,7 @@ def test_stopped_anywhere_and_resumed_changes_no_bit(config, whole, tmp_path, st
     ids=lambda flags: flags[1],
 )
 def test_every_arm_runs(config, tmp_path, flags):
-    arm = ICA[-2:] if "--refine.methods" in flags else ICA
+    arm = ALONE if "--refine.methods" in flags else ICA
     result = run(config, tmp_path / "run", *arm, *flags)
     assert len(result["records"]) == 2 and np.isfinite(result["test"]["last"])
     drift = result["records"][1]["scores"]
@@ -281,6 +286,12 @@ REFUSED = {
     "it is for the score reducible, and": ("--refine.methods", "ica", "--scores.holdout-steps", "8"),
     "responses are not in the file": (
         "--refine.methods", "ica", "--scores.embedding", "file", "--scores.embedding-file", "x",
+    ),
+    "no other method of refine.methods makes steps of weights": (
+        "--refine.methods", "ica", "uniform", "--outer.learning-rate", "1",
+    ),
+    "it is for penalty, bmo, mixing, and refine.methods names none": (
+        "--refine.methods", "ica", "unrolled", "--single-loop.steps", "9",
     ),
     "it is for weights.scaling = quantiles": ("--refine.methods", "ica", "--weights.quantile", "0.1"),
     "a target of the parameters alone has none: leave ica out": (

@@ -148,6 +148,12 @@ def _leave_out_in_refine(key: str, reason: str) -> Rule:
     )
 
 
+STEPS_OF_WEIGHTS = (
+    "weighting", "steps", "learning_rate", "schedule", "max_step", "estimate", "reliability_every", "reliability_floor",
+)  # fmt: skip
+"""Keys of section outer that move weights or measure them, and that scores, or weights of 1, do not need."""
+
+
 CONFIG_RULES: tuple[Rule, ...] = (
     *(_leave_out_in_refine(key, reason) for key, reason in UNREAD_BY_REFINE.items()),
     (
@@ -713,6 +719,27 @@ CONFIG_RULES: tuple[Rule, ...] = (
             f"it is for the score {name}, and refine scores by ica alone: leave it out",
         )
         for key, name in (("anchors", "oneshot"), ("holdout_steps", "reducible"))
+    ),
+    *(
+        (
+            f"outer.{key}",
+            lambda c, key=key: (
+                not weighs_by_scores(c)
+                or not {*c.refine.methods} <= {"ica", "uniform"}
+                or getattr(c.outer, key) == getattr(OuterSection(), key)
+            ),
+            "the weights of ica are scores, and no other method of refine.methods makes steps of weights: leave it out",
+        )
+        for key in STEPS_OF_WEIGHTS
+    ),
+    (
+        "single_loop",
+        lambda c: (
+            not weighs_by_scores(c)
+            or not {*c.refine.methods}.isdisjoint(SINGLE_LOOP_METHODS)
+            or c.single_loop == type(c.single_loop)()
+        ),
+        f"it is for {', '.join(SINGLE_LOOP_METHODS)}, and refine.methods names none of them: leave the section out",
     ),
     (
         "scores.embedding",
