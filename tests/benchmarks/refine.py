@@ -27,7 +27,7 @@ from bilevel_jax.runs.tasks.builtin import resolve_builtin
 TRUSTED = {"validation": 64, "dev": 128}
 NONE, FIXED, DYNAMIC = (("--refine.questions", name) for name in ("none", "fixed", "dynamic"))
 STEPS_ALONE = ("--outer.reliability-every", "0")  # the cost of the weights, without what measures them
-EXACT, POOLED, MIXING, PENALTY, BMO, LEARNED = (("--refine.rounds", str(count)) for count in (4, 3, 10, 7, 9, 8))
+EXACT, POOLED, MIXING, PENALTY, BMO, LEARNED = (("--refine.rounds", str(count)) for count in (4, 2, 10, 7, 9, 8))
 PLAIN = ("--refine.rounds", "21", "--train.max-steps", "180")
 ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "self-training": ("refine_self_training", PLAIN),
@@ -42,6 +42,9 @@ ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "exact, offline, sigmoid": ("refine_exact", (*NONE, *STEPS_ALONE, *EXACT, "--outer.weighting", "sigmoid")),
     "exact, offline, pooled": (
         "refine_exact", (*NONE, "--outer.estimate", "auto", "--outer.reliability-every", "1", *POOLED),
+    ),
+    "exact, offline, folds": (
+        "refine_exact", (*NONE, *STEPS_ALONE, *EXACT, "--outer.validation-folds", "4"),
     ),
     "exact + online fixed": ("refine_exact", (*FIXED, *STEPS_ALONE, *EXACT)),
     "exact + online dynamic": ("refine_exact", (*DYNAMIC, *STEPS_ALONE, *EXACT)),

@@ -16,14 +16,15 @@ from bilevel_jax.commands.refine.scored import scores_to_weights
 from bilevel_jax.core import certify, single_loop, weightings
 from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.training import train_step
-from bilevel_jax.core.types import Estimate, Hyper, Params, Problem, SingleLoop, TrainStep
-from bilevel_jax.core.weightings import PartReliability
+from bilevel_jax.core.types import Estimate, Hyper, Params, Problem, SingleLoop, TrainStep, Weighting
+from bilevel_jax.core.weightings import PartReliability, SharedWeightVariable
 from bilevel_jax.lm import models
 from bilevel_jax.lm.losses.importance import RatioKind, importance_weighted_losses
 from bilevel_jax.lm.losses.sft import assemble_params
 from bilevel_jax.runs.config import schema
 from bilevel_jax.runs.config.load import RefineConfig
 from bilevel_jax.runs.config.schema import OuterSection, RefineMethod
+from bilevel_jax.runs.engine.folds import count_judges, end_turn, take_turn, turn_training_stream
 from bilevel_jax.runs.engine.outer_loop import outer_learning_rate, train_and_estimate
 from bilevel_jax.runs.engine.reliability import (
     RoundSizes,
@@ -72,6 +73,8 @@ class Candidate(NamedTuple):
     """Multiplied by `RoundTask.multiplicity` in the loss; 1 where the method learns none."""
     reliability: dict[str, Any] | None = None
     """How far its hypergradients speak for other validation examples (`summarize_reliability`); None without any."""
+    validation_weight: float | None = None
+    """With outer.validation_folds, the weight of each validation example beside its own."""
 
 
 CandidateTrainer = Callable[[RoundTask, Params, Session, int], Candidate]
@@ -266,8 +269,10 @@ def train_unrolled_candidate(
 
     A hypergradient over its multiplicity, so that G responses which each count 1/G go where one that counts 1 would.
     With outer.estimate pooled or auto, rows of like losses share their e_i (`StepPooling`), each counted by its
-    multiplicity. Every training run starts from the same model, in a data order of its own; the last one is the
-    candidate. With one step these are the hypergradients at equal weights: one backward pass judges every response.
+    multiplicity. With outer.validation_folds one fold of validation judges in each step and the others are trained on
+    with a weight that they share, learned too; the last training is on all of them. Every training run starts from the
+    same model, in a data order of its own; the last one is the candidate. With one step these are the hypergradients at
+    equal weights: one backward pass judges every response.
 
     It takes the steps of `OuterLoop` (`train_and_estimate`) without what that loop reads to choose the best step: dev
     is kept for the test of the candidate, so the last weights count, and the model is trained once more with them.
@@ -297,10 +302,13 @@ class _OuterSteps:
         self.outer = candidate_outer(config.outer, "unrolled")
         self.seed = config.data.seed + ROUND_SEED_STRIDE * round_number
         self.trainer = Trainer(self.task, self.outer, session)
-        self.sizes = RoundSizes(self.trainer.num_held_out("validation"), self.trainer.num_held_out("dev"))
         self.start = self.trainer.init_state(self.task.init_params(config.train.seed))
         self.multiplicity = jnp.asarray(round_task.multiplicity, jnp.result_type(float))
         self.hyper = jnp.zeros(self.task.num_examples)
+        self.validation_weight: SharedWeightVariable | None = None
+        if self.outer.validation_folds:
+            self.validation_weighting = shared_weighting(self.task.corpus.num_examples - self.task.num_examples)
+            self.validation_weight = self.validation_weighting.init()
         self.step_pooling: StepPooling | None = None
         self.pooled: _PooledSteps | None = None
         if pools_steps(self.task, self.outer):
@@ -312,7 +320,7 @@ class _OuterSteps:
         self.records: list[dict[str, Any]] = []
         self.folder = session.folder / "checkpoints" / "outer"
         if restored := checkpoint.restore_checkpoint(self.folder, self._saved_arrays()):
-            self.hyper, self.pooled = restored.tree if self.pooled else (restored.tree, None)
+            self._restore_arrays(restored.tree)
             self.records = restored.meta["records"]
             session.advance(sum(record["work"] for record in self.records))
 
@@ -325,22 +333,25 @@ class _OuterSteps:
         step, work_before = len(self.records), self.session.work_done
         weights, seed = self._weights(), self.seed + step
         is_fitted = self.round_task.is_fitted or step > 0
-        evidence = choose_round_evidence(self.outer, step, self.sizes, is_fitted=is_fitted)
+        turn = take_turn(self.task, self.outer.validation_folds, self.seed, step)
+        sizes = RoundSizes(count_judges(self.task, turn), self.trainer.num_held_out("dev"))
+        evidence = choose_round_evidence(self.outer, step, sizes, is_fitted=is_fitted)
         halves_seed = seed if evidence == "halves" else None
         if self.pooled:  # it compares the halves of different steps, so they must be the same
             halves_seed = self.seed if measures_reliability(self.outer, step, self.outer.steps - 1) else None
         trajectory, estimate = train_and_estimate(
-            self.trainer, weights, self.start, self.task.training_stream(seed), step,
+            self.trainer, weights, self.start, turn_training_stream(self.task, seed, turn), step,
             is_first=self.round_number == step == 0,
-            halves_seed=halves_seed, dev_seed=seed if evidence == "dev" else None,
+            halves_seed=halves_seed, dev_seed=seed if evidence == "dev" else None, turn=turn,
         )  # fmt: skip
         check_hypergradient_finite(estimate, f"round {self.round_number}, outer step {step},")
         draw = measure_estimate_reliability(
-            self.task, self.trainer, weights, estimate,
+            self.task, self.trainer, weights, estimate, turn,
             trained=self.round_task.trained, is_learned=is_fitted or evidence == "dev",
         )  # fmt: skip
         learning_rate = jnp.asarray(outer_learning_rate(self.outer, step / self.outer.steps))
-        slope = self._pull_back(estimate.grad)
+        of_rows, of_validation = jnp.split(estimate.grad, [self.task.num_examples])
+        slope = self._pull_back(of_rows)
         pooling: dict[str, Any] = {}
         if self.pooled:
             slope, pooling = self._pool(slope, estimate, trajectory.end.params)
@@ -348,8 +359,10 @@ class _OuterSteps:
         share = certify.effective_share(
             hyper_to_weights(self.outer.weighting, stepped, self.multiplicity), self.multiplicity
         )
+        validation_weight = self._known_validation_weight()
         if is_above_floor := share >= self.outer.ess_floor:
             self.hyper = stepped
+            self._step_validation_weight(of_validation, learning_rate)
         record = {
             "step": step,
             "round": self.round_number,
@@ -358,6 +371,7 @@ class _OuterSteps:
             "is_stepped": is_above_floor,
             **reliability_to_record(draw),
             **pooling,
+            **({} if validation_weight is None else {"validation_weight": validation_weight}),
             "work": self.session.work_done - work_before,
         }
         self.records.append(record)
@@ -384,25 +398,49 @@ class _OuterSteps:
         self.pooled = self.pooled._replace(state=state)
         return direction, {"pooling": reliability._asdict()}
 
-    def _saved_arrays(self) -> Hyper | tuple[Hyper, _PooledSteps]:
-        return (self.hyper, self.pooled) if self.pooled else self.hyper
+    def _saved_arrays(self) -> Any:
+        beside = self.pooled or self.validation_weight  # pooled steps compare halves of validation that judges alone
+        return (self.hyper, beside) if beside else self.hyper
+
+    def _restore_arrays(self, saved: Any) -> None:
+        if self.pooled:
+            self.hyper, self.pooled = saved
+        elif self.validation_weight:
+            self.hyper, self.validation_weight = saved
+        else:
+            self.hyper = saved
 
     def train_candidate(self) -> Candidate:
         """The model that is trained with the last weights, in an order of its own."""
         weights, place = self._weights(), self.outer.steps
-        trajectory = self.trainer.run(
-            weights, self.start, self.task.training_stream(self.seed + place), outer_step=place
-        )
+        stream = turn_training_stream(self.task, self.seed + place, end_turn(self.task, self.outer.validation_folds))
+        trajectory = self.trainer.run(weights, self.start, stream, outer_step=place)
         reliability = summarize_reliability(
             self.records,
             is_used_up=self._is_used_up(),
             is_concentrated=self._is_concentrated(),
             why_not=why_no_reliability(self.task, self.outer),
         )
-        return Candidate(trajectory.end.params, np.asarray(weights), reliability)
+        of_rows = np.asarray(weights)[: self.task.num_examples]
+        return Candidate(trajectory.end.params, of_rows, reliability, self._known_validation_weight())
 
-    def _weights(self) -> Float[Array, "examples"]:
-        return hyper_to_weights(self.outer.weighting, self.hyper, self.multiplicity)
+    def _weights(self) -> Float[Array, "trained"]:
+        """Of all that may be trained on: the rows and, with folds, the validation examples behind them."""
+        of_rows = hyper_to_weights(self.outer.weighting, self.hyper, self.multiplicity)
+        if self.validation_weight is None:
+            return of_rows
+        return jnp.concatenate([of_rows, self.validation_weighting.weights(self.validation_weight)])
+
+    def _known_validation_weight(self) -> float | None:
+        """With folds, the weight that the validation examples share."""
+        return None if self.validation_weight is None else float(jnp.exp(self.validation_weight.log_weight))
+
+    def _step_validation_weight(self, hypergradient: Float[Array, "validation"], learning_rate: Array) -> None:
+        """With folds, step the weight that the validation examples share."""
+        if self.validation_weight is not None:
+            variable, weighting = self.validation_weight, self.validation_weighting
+            grad = weightings.weighting_vjp(weighting, variable, hypergradient)
+            self.validation_weight = weighting.step(variable, grad, learning_rate, self.outer.max_step)
 
     def _is_used_up(self) -> bool:
         is_last = len(self.records) == self.outer.steps
@@ -436,6 +474,12 @@ def why_no_reliability(task: TextTask, outer: OuterSection) -> str:
     if not judges_by_examples(task):
         return "a target of the parameters alone has no other examples"
     return "" if outer.reliability_every else "outer.reliability_every is 0"
+
+
+@lru_cache(maxsize=2)
+def shared_weighting(num_shared: int) -> Weighting:
+    """One weight, learned, for so many examples; that of the rows is beside it."""
+    return weightings.append_shared_weight(weightings.sigmoid(0), 0, num_shared)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -73,6 +73,7 @@ def render_refine_report(folder: Path, name: str, result: JsonObject, config_tex
         rounds=rounds_table(result),
         reliability=describe_reliability(result),
         refused_steps=describe_refused_steps(result),
+        validation_weights=describe_validation_weights(result),
         responses=responses_table(result) if result["examples"] else None,
         mean_weights=mean_weights_table(result),
         drift=drift_table(result) if any(record.get("scores") for record in result["records"]) else None,
@@ -320,6 +321,17 @@ def describe_refused_steps(result: JsonObject) -> list[str]:
         for record in result["records"]
         for candidate in record["candidates"]
         if _has_refused_step(candidate)
+    ]
+
+
+def describe_validation_weights(result: JsonObject) -> list[str]:
+    """A line for each candidate that validation examples trained, too."""
+    return [
+        f"Round {record['step']}: {candidate['name']} is trained on the validation examples, too, each with weight "
+        f"{format_number(candidate['validation_weight'])}; in every step one fold judged and the others trained."
+        for record in result["records"]
+        for candidate in record["candidates"]
+        if candidate.get("validation_weight") is not None
     ]
 
 

@@ -57,6 +57,7 @@ from bilevel_jax.runs.config.load import RefineConfig, config_hash
 from bilevel_jax.runs.config.rules import reads_parameters_alone, trains_generator, weighs_by_scores
 from bilevel_jax.runs.config.schema import RefineMethod
 from bilevel_jax.runs.engine.artifacts import write_model
+from bilevel_jax.runs.engine.folds import take_turn
 from bilevel_jax.runs.engine.reliability import RoundSizes
 from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.evaluation.measures import Evaluation
@@ -170,6 +171,7 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> TextTask:
             "judged on dev. Give data.validation with shares for both in data.split, or data.dev."
         )
     pools_steps(task, config.outer)  # an error before any work where outer.estimate wants what cannot be
+    take_turn(task, config.outer.validation_folds, config.data.seed, 0)  # and where there are more folds than examples
     question_examples = [task.examples[row] for row in task.trainable_indices()] + list_test_questions(task)
     questions = make_task_prompts(task, config.data, question_examples)
     longest = max((len(prompt.tokens) for prompt in questions), default=0) + config.generate.max_new_tokens
@@ -290,7 +292,10 @@ def follows_validation(config: RefineConfig, records: list[dict[str, Any]]) -> b
 
 def count_rounds_work(config: RefineConfig, task: TextTask) -> float:
     """The most that the candidates of all rounds cost, in training steps."""
-    sizes = RoundSizes(*(len(held_out_indices(task.held_out_streams[part])) for part in ("validation", "dev")))
+    num_judges, num_dev = (len(held_out_indices(task.held_out_streams[part])) for part in ("validation", "dev"))
+    if config.outer.validation_folds:
+        num_judges = math.ceil(num_judges / config.outer.validation_folds)
+    sizes = RoundSizes(num_judges, num_dev)
     num_rows = count_round_rows(config, len(task.trainable_indices()))
     pooled_epoch = math.ceil(num_rows / task.batch_size) if pools_steps(task, config.outer) else None
 
@@ -529,7 +534,8 @@ def train_candidate(
     def train() -> tuple[PyTree, dict[str, Any]]:
         candidate = context.trainers[name](round_task, sampler_params, candidate_session, number)
         arrays = (candidate.params, jnp.asarray(candidate.weights, structure[1].dtype))
-        return arrays, {"reliability": candidate.reliability} if candidate.reliability else {}
+        facts = {"reliability": candidate.reliability, "validation_weight": candidate.validation_weight}
+        return arrays, {name: value for name, value in facts.items() if value is not None}
 
     (params, weights), record = artifacts.run_saved_job(session, number, name, end, structure, train)
     return Candidate(params, np.asarray(weights)), record

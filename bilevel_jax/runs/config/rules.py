@@ -286,8 +286,21 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "outer.validation_folds",
-        lambda c: c.outer.validation_folds == 0 or hasattr(c, "retrain") or hasattr(c, "compare"),
-        "is for the commands select and compare: leave it at 0",
+        lambda c: (
+            c.outer.validation_folds == 0 or hasattr(c, "retrain") or hasattr(c, "compare") or hasattr(c, "refine")
+        ),
+        "is for the commands select, compare and refine: leave it at 0",
+    ),
+    (
+        "outer.validation_folds",
+        lambda c: not hasattr(c, "refine") or c.outer.validation_folds == 0 or "unrolled" in c.refine.methods,
+        "its folds take turns in the steps of unrolled, which refine.methods does not name: leave it at 0",
+    ),
+    (
+        "outer.validation_folds",
+        lambda c: c.outer.validation_folds == 0 or not trains_generator(c),
+        "with refine.generator = reinforce the responses to a question share every batch, in which validation has no "
+        "place: leave it at 0",
     ),
     (
         "outer.estimate",

@@ -43,6 +43,13 @@ def take_turn(task: Task, num_folds: int, seed: int, step: int, *, key: str = "o
     return Turn(np.concatenate([task.trainable_indices(), kept[~is_judge]]), kept[is_judge] - task.num_examples)
 
 
+def end_turn(task: Task, num_folds: int) -> Turn | None:
+    """The turn of a training after the steps: all of validation trains, and nobody judges; None without folds."""
+    if not num_folds:
+        return None
+    return Turn(np.concatenate([task.trainable_indices(), task.validation_indices()]), np.zeros(0, int))
+
+
 def leave_out_fold(task: Task, num_folds: int, seed: int, fold: int) -> Turn:
     """The turn in which all validation examples but those of one fold judge, and the training examples alone train."""
     kept, judges_of_fold = task.validation_indices(), take_turn(task, num_folds, seed, fold, key="rater.folds")
