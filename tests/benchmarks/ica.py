@@ -35,7 +35,7 @@ REFRESHES = (1, 3, 5, 9)
 CUTS = (50, 75, 90)
 CHOICES = ("knn", "random", "clustered:8", "fixed")
 STEPS, BATCH, LEARNING_RATE = 64, 16, 1e-3
-SETS = {"one of 3": (3, 1), "three of 3": (3, 3)}
+SETS = {"one of 3": (3, 1), "three of 3": (3, 3), "one of 9": (9, 1)}
 """k, and the number of sets."""
 WRONG_HOLDOUT = (0.25,)
 OBJECTIVES = {"responses": "sft", "pairs": "dpo"}
