@@ -437,10 +437,13 @@ def check_differentiable(
     """
     if not trajectory.steps:
         return
-    find_acting_step, pull_back, zero_half = (  # compiled: one by one, their operations take longer
+    # compiled: one by one, their operations take longer, and those on arrays that are split over several processes may
+    # wait for each other
+    find_acting_step, pull_back, zero_half, find_finite = (
         jax.jit(partial(_find_acting_step, optimizer)),
         jax.jit(partial(_pull_back_update, optimizer)),
         jax.jit(_zero_half),
+        jax.jit(lambda leaves, rest: ([jnp.isfinite(leaf).all() for leaf in leaves], tree.all_finite(rest))),
     )
     any_acts = False
     start_grad = None
@@ -458,8 +461,9 @@ def check_differentiable(
             if not acts:
                 continue
             grad_bar, params_bar, opt_bar = pull_back(probe_grad, acting)
-            is_finite = [bool(jnp.isfinite(leaf).all()) for leaf in opt_bar]
-            if tree.all_finite((grad_bar, params_bar)) and all(is_finite):
+            leaves_finite, rest_finite = find_finite(opt_bar, (grad_bar, params_bar))
+            is_finite = list(map(bool, leaves_finite))
+            if rest_finite and all(is_finite):
                 continue
             raise ValueError(
                 f"the optimizer's update has a derivative that is not finite at {description} (step "
