@@ -220,7 +220,9 @@ def _report_errors(work: Callable[[], str]) -> int:
     from bilevel_jax.runs.infra import distributed, session
 
     try:
-        print(work(), flush=True)
+        summary = work()
+        if distributed.is_first_process():
+            print(summary, flush=True)
     except session.Interrupted as stop:
         _print_error(str(stop))
         distributed.exit_after_error(str(stop), 128 + stop.number)

@@ -29,6 +29,7 @@ from bilevel_jax.runs.config.flags import (
     parse_flags,
 )
 from bilevel_jax.runs.config.rules import flatten_config
+from bilevel_jax.runs.infra import distributed
 from bilevel_jax.runs.infra.progress import make_progress_bar
 from bilevel_jax.runs.infra.session import Interrupted
 from bilevel_jax.runs.terminal import guard_streams, make_console
@@ -156,6 +157,13 @@ def test_a_file_of_that_name_comes_before_the_shipped_one(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "select.yaml").write_text("train: {max_steps: 3}\n")
     assert load.find_config("select.yaml").resolve() == tmp_path / "select.yaml"
+
+
+def test_one_process_prints_the_summary(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_call", lambda function, config: "done")
+    for is_first, text in ((True, "done\n"), (False, "")):
+        monkeypatch.setattr(distributed, "is_first_process", lambda is_first=is_first: is_first)
+        assert main(["inspect", "--model", "m", "--train", "t"]) == 0 and capsys.readouterr().out == text
 
 
 def raised(error, file=cli.__file__):

@@ -148,6 +148,18 @@ def fetch_to_host(array: Any) -> np.ndarray:
     return np.asarray(array)
 
 
+def fetch_from_first(array: Any) -> np.ndarray:
+    """As `fetch_to_host`, with the numbers of the first process in every process: for what all must decide alike.
+
+    Copies of one array in two processes may differ by rounding, where a device adds in an order of its own.
+    """
+    host_array = fetch_to_host(array)
+    if _on_first_process_only or not is_multiprocess():
+        return host_array
+    sent = multihost_utils.broadcast_one_to_all(np.frombuffer(host_array.tobytes(), np.uint8))
+    return np.frombuffer(np.asarray(sent).tobytes(), host_array.dtype).reshape(host_array.shape)
+
+
 def allgather_values(values: list[int]) -> np.ndarray:
     """int32[processes, values]: the values of each process."""
     local_values = np.asarray(values, np.int32)
@@ -186,6 +198,11 @@ def run_on_first_process(work: Callable[[], ResultT]) -> ResultT | None:
     if message:
         raise RuntimeError(f"the first process stopped: {message}")
     return result
+
+
+def wait_for_all_processes() -> None:
+    """Return when all processes are here: what each of them wrote before can be read, what it read can be replaced."""
+    allgather_values([0])
 
 
 def _finish() -> None:

@@ -366,6 +366,7 @@ def open_session(folder: Path, *, progress: bool, save_seconds: float) -> Iterat
     bar = make_progress_bar(progress and distributed.is_first_process())
     log = JsonLog(folder / seals.LOG_FILE)
     run_session = Session(folder, log, bar, save_seconds)
+    distributed.wait_for_all_processes()  # all have read which jobs are finished, before one notes another
     try:
         with _signal_handler(run_session.handle_signal), bar:
             yield run_session

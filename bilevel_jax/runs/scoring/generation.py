@@ -122,6 +122,7 @@ def _prepare(
         session.set_phase(f"writing responses, {done:,} of {total:,}")
         session.check_signals()
 
+    distributed.wait_for_all_processes()  # the first may still be storing what an earlier generator wrote
     return _make_sampling(settings), ResponseFile(session.folder / "checkpoints" / RESPONSES_FILE), progress
 
 

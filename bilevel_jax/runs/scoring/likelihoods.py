@@ -307,9 +307,8 @@ def train_and_validation_rows(task: TextTask) -> tuple[TokenizedExamples, Tokeni
 def fingerprint_params(params: Params) -> str:
     """16 hex digits of all parameters: of the sum and the sum of squares of each, so that they stay on the device."""
     moments = _moments(params)
-    return hashlib.sha256(b"".join(np.asarray(moment).tobytes() for moment in jax.tree.leaves(moments))).hexdigest()[
-        :16
-    ]
+    digest = hashlib.sha256(b"".join(np.asarray(moment).tobytes() for moment in jax.tree.leaves(moments))).digest()
+    return distributed.fetch_from_first(np.frombuffer(digest[:8], np.uint8)).tobytes().hex()
 
 
 @jax.jit

@@ -1,5 +1,6 @@
 """What a run says while it works."""
 
+import json
 import signal
 import sys
 import threading
@@ -10,7 +11,7 @@ import pytest
 
 from bilevel_jax.runs.infra import distributed
 from bilevel_jax.runs.infra.progress import NotebookProgress
-from bilevel_jax.runs.infra.session import Interrupted, open_session
+from bilevel_jax.runs.infra.session import FINISHED_JOBS_FILE, Interrupted, open_session
 
 
 def test_a_notebook_gets_plain_lines(tmp_path, capsys, monkeypatch):
@@ -95,6 +96,15 @@ def test_a_disabled_bar_and_a_terminal_of_ipython_have_no_output(tmp_path, monke
     with open_session(tmp_path, progress=True, save_seconds=60) as work:
         work.print_line("a line")
     assert outputs == [] and "a line" in capsys.readouterr().err
+
+
+def test_finished_jobs_are_read_before_another_process_notes_one(tmp_path, monkeypatch):
+    """Or that job would be work in one process and a file to read in another."""
+    path = tmp_path / "checkpoints" / FINISHED_JOBS_FILE
+    job = {"job": {"value": "of another process", "work": 0.0, "seconds": 0.0}}
+    monkeypatch.setattr(distributed, "wait_for_all_processes", lambda: path.write_text(json.dumps(job)))
+    with open_session(tmp_path, progress=False, save_seconds=60) as work:
+        assert path.exists() and work.run_once("job", lambda: "own") == "own"
 
 
 def test_work_of_the_first_process_alone_moves_no_meeting(tmp_path, monkeypatch):

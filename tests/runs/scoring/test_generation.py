@@ -11,6 +11,7 @@ from bilevel_jax.lm.inference.generate import Prompt
 from bilevel_jax.lm.models import init_params, make_decoder
 from bilevel_jax.runs.config.rules import check_config
 from bilevel_jax.runs.config.schema import GenerateSection
+from bilevel_jax.runs.infra import distributed
 from bilevel_jax.runs.infra.placement import make_mesh
 from bilevel_jax.runs.infra.session import Interrupted, open_session
 from bilevel_jax.runs.scoring.generation import RESPONSES_FILE, make_generator_factory
@@ -72,6 +73,19 @@ def test_responses_are_kept_as_they_come_and_read_after_a_stop(params, tmp_path)
         assert other[0] != expected[0] and len(lines(folder)) == 7
     keys = {key for line in lines(folder) for key in json.loads(line)} - {"seal"}  # of the journal
     assert len(keys) == 12 + 2
+
+
+def test_responses_are_read_once_the_first_process_has_stored_them(params, tmp_path, monkeypatch):
+    """Or one process would generate what another one reads, and wait for it for ever."""
+    with opened(tmp_path / "first") as work:
+        expected = make_generator_factory(SETTINGS, MODEL, Words(), MESH, work)(params)(PROMPTS, (0, 1))
+    stored = (tmp_path / "first" / "checkpoints" / RESPONSES_FILE).read_text()
+    with opened(tmp_path / "run") as work:
+        path = tmp_path / "run" / "checkpoints" / RESPONSES_FILE
+        monkeypatch.setattr(distributed, "wait_for_all_processes", lambda: path.write_text(stored))
+        make = make_generator_factory(SETTINGS, MODEL, Words(), MESH, work)
+        path.unlink()  # what follows is written to a new one
+        assert make(params)(PROMPTS, (0, 1)) == expected and not path.exists()
 
 
 def test_a_service_writes_whatever_the_parameters(tmp_path, monkeypatch):
