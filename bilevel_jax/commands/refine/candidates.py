@@ -41,7 +41,8 @@ from bilevel_jax.runs.engine.single_loop import (
     run_single_loop,
 )
 from bilevel_jax.runs.engine.trainer import Trainer, check_hypergradient_finite
-from bilevel_jax.runs.infra import checkpoint
+from bilevel_jax.runs.infra import checkpoint, distributed
+from bilevel_jax.runs.infra.placement import replicate
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.pooling import PoolingState, StepPooling, empty_pooling_state, pools_steps
 from bilevel_jax.runs.scoring.scores import example_losses, steps_per_epoch
@@ -255,9 +256,10 @@ def train_once(
 ) -> Params:
     """The parameters after one training run with given weights."""
     trainer = Trainer(round_task.task, candidate_outer(config.outer, "uniform"), session)
+    placed_weights = replicate(round_task.task.mesh, jnp.asarray(weights, jnp.result_type(float)))
     start = trainer.init_state(round_task.task.init_params(config.train.seed))
     stream = round_task.task.training_stream(config.data.seed + ROUND_SEED_STRIDE * round_number)
-    return trainer.run(jnp.asarray(weights, jnp.result_type(float)), start, stream, outer_step=0).end.params
+    return trainer.run(placed_weights, start, stream, outer_step=0).end.params
 
 
 def train_unrolled_candidate(
@@ -303,12 +305,12 @@ class _OuterSteps:
         self.seed = config.data.seed + ROUND_SEED_STRIDE * round_number
         self.trainer = Trainer(self.task, self.outer, session)
         self.start = self.trainer.init_state(self.task.init_params(config.train.seed))
-        self.multiplicity = jnp.asarray(round_task.multiplicity, jnp.result_type(float))
-        self.hyper = jnp.zeros(self.task.num_examples)
+        self.multiplicity = replicate(self.task.mesh, jnp.asarray(round_task.multiplicity, jnp.result_type(float)))
+        self.hyper = replicate(self.task.mesh, jnp.zeros(self.task.num_examples))
         self.validation_weight: SharedWeightVariable | None = None
         if self.outer.validation_folds:
             self.validation_weighting = shared_weighting(self.task.corpus.num_examples - self.task.num_examples)
-            self.validation_weight = self.validation_weighting.init()
+            self.validation_weight = replicate(self.task.mesh, self.validation_weighting.init())
         self.step_pooling: StepPooling | None = None
         self.pooled: _PooledSteps | None = None
         if pools_steps(self.task, self.outer):
@@ -326,7 +328,8 @@ class _OuterSteps:
 
     def is_done(self) -> bool:
         """Whether all steps were made, validation is used up, or the weights would stand on few examples."""
-        return len(self.records) == self.outer.steps or self._is_used_up() or self._is_concentrated()
+        is_done = len(self.records) == self.outer.steps or self._is_used_up() or self._is_concentrated()
+        return bool(distributed.broadcast_from_first(is_done))
 
     def take_step(self) -> None:
         """Train, estimate, measure, step the weights, save."""
@@ -356,9 +359,8 @@ class _OuterSteps:
         if self.pooled:
             slope, pooling = self._pool(slope, estimate, trajectory.end.params)
         stepped = _step(self.outer.max_step, self.hyper, slope, learning_rate)
-        share = certify.effective_share(
-            hyper_to_weights(self.outer.weighting, stepped, self.multiplicity), self.multiplicity
-        )
+        stepped_weights = hyper_to_weights(self.outer.weighting, stepped, self.multiplicity)
+        share = certify.effective_share(distributed.fetch_from_first(stepped_weights), self.multiplicity)
         validation_weight = self._known_validation_weight()
         if is_above_floor := share >= self.outer.ess_floor:
             self.hyper = stepped
@@ -388,7 +390,8 @@ class _OuterSteps:
         if not self.records:
             losses = example_losses(self.task, end)
             self.session.advance(FORWARD_WORK * steps_per_epoch(self.task))
-            self.pooled = self.pooled._replace(losses=jnp.asarray(losses, self.hyper.dtype))
+            placed_losses = replicate(self.task.mesh, jnp.asarray(losses, self.hyper.dtype))
+            self.pooled = self.pooled._replace(losses=placed_losses)
         has_halves = isinstance(estimate.half_difference, jax.Array)
         difference = self._pull_back(estimate.half_difference) if has_halves else None
         last = PartReliability(**self.records[-1]["pooling"]) if self.records else None
@@ -421,7 +424,7 @@ class _OuterSteps:
             is_concentrated=self._is_concentrated(),
             why_not=why_no_reliability(self.task, self.outer),
         )
-        of_rows = np.asarray(weights)[: self.task.num_examples]
+        of_rows = distributed.fetch_to_host(weights)[: self.task.num_examples]
         return Candidate(trajectory.end.params, of_rows, reliability, self._known_validation_weight())
 
     def _weights(self) -> Float[Array, "trained"]:

@@ -29,7 +29,7 @@ from bilevel_jax.runs.config.schema import OptimizerSection, ReinforceSection
 from bilevel_jax.runs.engine.artifacts import write_model
 from bilevel_jax.runs.engine.single_loop import FORWARD_WORK
 from bilevel_jax.runs.infra import sharding
-from bilevel_jax.runs.infra.placement import replicate_unplaced
+from bilevel_jax.runs.infra.placement import replicate, replicate_unplaced
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks.evaluation import evaluate_per_example
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
@@ -195,7 +195,8 @@ def update_generator(
     task = _make_policy_task(config, round_task, advantages.tokens)
     rows = np.flatnonzero(round_task.response_numbers >= 0)
     stream = task.training_stream(config.data.seed + number, rows, packed=False)
-    weights, frozen, programs = jnp.ones(task.num_examples), generator.frozen, generator.programs
+    weights = replicate(task.mesh, jnp.ones(task.num_examples))
+    frozen, programs = generator.frozen, generator.programs
     everything = task.full_pass_stream(0, rows)
 
     def measure(params: Params) -> Float[np.ndarray, "3"]:

@@ -33,6 +33,7 @@ from bilevel_jax.runs.engine.reliability import (
 )
 from bilevel_jax.runs.engine.trainer import Trainer, check_hypergradient_finite
 from bilevel_jax.runs.infra.distributed import fetch_to_host
+from bilevel_jax.runs.infra.placement import replicate
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.token_hypergradients import token_weighted
 
@@ -70,7 +71,8 @@ def compute_rewards(
     task, end = round_task.task, part.folder / "checkpoints" / "end"
     by_token = config.reinforce.reward == "token"
     num_tokens = task.num_examples * (task.layout.length + 1)
-    structure = (start_params, jnp.ones(task.num_examples), jnp.ones(num_tokens) if by_token else None)
+    tables = (jnp.ones(task.num_examples), jnp.ones(num_tokens) if by_token else None)
+    structure = (start_params, *replicate(task.mesh, tables))
 
     def differentiate() -> tuple[PyTree, dict[str, Any]]:
         student, estimate, by_place, reliability = _differentiate(config, round_task, start_params, part, number)
@@ -118,12 +120,13 @@ def _differentiate(
     """(the student, the hypergradient of each example, that of each place of a token or None, its reliability)."""
     streams = round_task.task.held_out_streams
     task = round_task.task._replace(held_out_streams={part: streams[part] for part in ("validation", "dev")})
-    weights: Any = jnp.ones(task.num_examples)
+    ones = replicate(task.mesh, jnp.ones(task.num_examples))
+    weights: Any = ones
     by_token = config.reinforce.reward == "token"
     if by_token:
         problem, step = _token_programs(task.problem, task.optimizer, task.num_examples, task.layout.length + 1)
         task = task._replace(problem=problem, train_step=step)
-        weights = (weights, jnp.ones(task.num_examples * (task.layout.length + 1)))
+        weights = (ones, replicate(task.mesh, jnp.ones(task.num_examples * (task.layout.length + 1))))
     outer, seed = _one_step(config.outer), config.data.seed + ROUND_SEED_STRIDE * number
     trainer = Trainer(task, outer, session)
     sizes = RoundSizes(trainer.num_held_out("validation"), trainer.num_held_out("dev"))
@@ -141,7 +144,7 @@ def _differentiate(
     scales = _group_scales(estimate.grad[rows], draws, config.reinforce.advantages)
     compared = _map_tables(lambda table: table.at[rows].set(scales * _less_group_mean(table[rows], draws)), estimate)
     draw = measure_estimate_reliability(
-        task, trainer, jnp.ones(task.num_examples), compared,
+        task, trainer, ones, compared,
         trained=rows, is_learned=round_task.is_fitted or evidence == "dev",
     )  # fmt: skip
     summary = summarize_reliability(

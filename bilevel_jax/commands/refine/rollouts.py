@@ -14,7 +14,7 @@ from bilevel_jax.lm.data.turns import Turn
 from bilevel_jax.lm.inference.generate import GenerateFn, Prompt, Response
 from bilevel_jax.runs.config.load import RefineConfig
 from bilevel_jax.runs.config.rules import trains_generator
-from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.runs.infra import distributed, run_dir
 from bilevel_jax.runs.scoring.generation import make_task_prompts
 from bilevel_jax.runs.scoring.verifiers import Verifier
 from bilevel_jax.runs.tasks.text import TextTask
@@ -117,17 +117,23 @@ def collect_rollouts(
 ) -> Rollouts:
     """The responses of a round: generated now and stored at `path`, or read from there.
 
+    Of several processes the first verifies and stores them, and all read what it stored.
+
     Raises ValueError where the file holds responses of another model, or to other questions.
     """
     question_examples = [task.examples[row] for row in question_rows]
     question_prompts = make_task_prompts(task, config.data, question_examples)
     draws = config.generate.num_generations
-    if not path.exists():
+    if not distributed.broadcast_from_first(path.exists()):
         numbers = range(round_number * draws, (round_number + 1) * draws)
         responses = generator(question_prompts, numbers) if question_prompts else []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table = _build_response_table(question_examples, responses, round_number, draws, fingerprint, verifier)
-        run_dir.write_parquet(path, table)
+
+        def store() -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            table = _build_response_table(question_examples, responses, round_number, draws, fingerprint, verifier)
+            run_dir.write_parquet(path, table)
+
+        distributed.run_on_first_process(store)
     stored = run_dir.read_parquet(path)
     _check_stored_rollouts(path, stored, question_examples, draws, fingerprint)
     return Rollouts(

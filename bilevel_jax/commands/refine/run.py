@@ -62,7 +62,8 @@ from bilevel_jax.runs.engine.reliability import RoundSizes
 from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.evaluation.measures import Evaluation
 from bilevel_jax.runs.evaluation.run_models import RunModel, compare_run_models, prepare_run_evaluation
-from bilevel_jax.runs.infra import checkpoint, run_dir
+from bilevel_jax.runs.infra import checkpoint, distributed, run_dir
+from bilevel_jax.runs.infra.placement import replicate
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.scoring import verifiers
 from bilevel_jax.runs.scoring.generation import make_generator_factory, make_task_prompts
@@ -245,7 +246,7 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
     ends = {"first": start, "last": state.params}
     final_evaluation = session.run_once("test", lambda: evaluate_final(context, ends))
     session.set_phase("writing")
-    checkpoint.keep_last_checkpoints(session.folder)
+    distributed.run_on_first_process(lambda: checkpoint.keep_last_checkpoints(session.folder))
     write_model(session.folder / "model", task, state.params, base_path=refine_config.model.name_or_path)
     if context.generator and state.generator:
         write_generator(session.folder / "generator", context.generator, task, refine_config, state.generator.params)
@@ -276,7 +277,7 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
     }
     result["sentence"] = report.summarize_refinement(result)
     run_dir.write_result(session.folder, result)
-    report.write_refine_report(session.folder)
+    distributed.run_on_first_process(lambda: report.write_refine_report(session.folder))
     return result
 
 
@@ -338,7 +339,9 @@ def run_round(
     if context.generator and state.generator:
         sampler_params, base_params = state.generator.params, context.generator.base_params
     model_fingerprint = fingerprint_params(assemble_params(sampler_params, base_params))
-    question_rows = choose_questions(config, offline_task.trainable_indices(), np.asarray(state.weights), number)
+    question_rows = choose_questions(
+        config, offline_task.trainable_indices(), distributed.fetch_from_first(state.weights), number
+    )
     session.set_phase(f"round {number}: responses")
     round_rollouts = collect_rollouts(
         config,
@@ -429,14 +432,15 @@ def run_round(
     if judge is None:
         return state, record
     question_weights = average_question_weights(round_task, weights, offline_task.num_examples)
-    return state._replace(weights=jnp.asarray(question_weights, state.weights.dtype)), record
+    placed_weights = replicate(offline_task.mesh, jnp.asarray(question_weights, state.weights.dtype))
+    return state._replace(weights=placed_weights), record
 
 
 def _init_state(context: RefineContext, start: Params) -> RefineState:
     """What the first round begins with."""
     return RefineState(
         start,
-        jnp.ones(context.task.num_examples),
+        replicate(context.task.mesh, jnp.ones(context.task.num_examples)),
         context.generator.init_state(context.task) if context.generator else None,
         start if context.config.refine.start_from == "last" else None,
     )
@@ -496,12 +500,14 @@ def estimate_initial_weights(context: RefineContext, params: Params) -> Float[Ar
     if starts_by_scores(context.config):
         context.session.set_phase("scores of the offline examples")
         scores = score_rows(context.config, context.task, params, context.session, 0, "offline scores")
-        return jnp.asarray(fill_missing_scores(scores.values), jnp.result_type(float))
+        filled = jnp.asarray(fill_missing_scores(scores.values), jnp.result_type(float))
+        return replicate(context.task.mesh, filled)
     functions = candidates.compiled_functions_for_config(context.config, context.task)
     task = context.task._replace(problem=functions.plain_problem, train_step=functions.plain_step)
     context.session.set_phase("alignment of the offline examples")
     trainer = Trainer(task, candidate_outer(context.config.outer, "unrolled"), context.session)
-    return -trainer.estimate_at_end(trajectory_from_params(params), jnp.ones(task.num_examples), alignment=True).grad
+    weights = replicate(task.mesh, jnp.ones(task.num_examples))
+    return -trainer.estimate_at_end(trajectory_from_params(params), weights, alignment=True).grad
 
 
 INITIAL_SCORES_JOB = "round 0/offline scores"
@@ -529,16 +535,17 @@ def train_candidate(
     session = context.session
     candidate_session = session.part_session(_candidate_folder(session, number, name).name)
     end = candidate_session.folder / "checkpoints" / "end"
-    structure = (round_task.task.init_params(0), jnp.ones(round_task.task.num_examples))
+    ones = replicate(round_task.task.mesh, jnp.ones(round_task.task.num_examples))
+    structure = (round_task.task.init_params(0), ones)
 
     def train() -> tuple[PyTree, dict[str, Any]]:
         candidate = context.trainers[name](round_task, sampler_params, candidate_session, number)
-        arrays = (candidate.params, jnp.asarray(candidate.weights, structure[1].dtype))
+        arrays = (candidate.params, jnp.asarray(candidate.weights, ones.dtype))
         facts = {"reliability": candidate.reliability, "validation_weight": candidate.validation_weight}
         return arrays, {name: value for name, value in facts.items() if value is not None}
 
     (params, weights), record = artifacts.run_saved_job(session, number, name, end, structure, train)
-    return Candidate(params, np.asarray(weights)), record
+    return Candidate(params, distributed.fetch_to_host(weights)), record
 
 
 def count_dev_tests(config: RefineConfig) -> int:
@@ -560,10 +567,11 @@ def compute_dev_losses(task: TextTask, params: Params) -> Float[np.ndarray, "dev
 
 
 def compute_part_losses(task: TextTask, params: Params, part: str) -> Float[np.ndarray, "part"]:
-    """The loss of each example of a part that is not too long, nats; FloatingPointError where one is not finite."""
+    """The loss of each example of a part that is not too long, nats, the same numbers in every process;
+    FloatingPointError where one is not finite."""
     stream, count = task.held_out_streams[part], len(task.held_out_examples[part])
     values = evaluate_per_example(task.outer_objective.losses, params, task.frozen(params), stream, count)
-    values = values[held_out_indices(stream)]
+    values = distributed.fetch_from_first(values[held_out_indices(stream)])
     if not np.isfinite(values).all():
         raise FloatingPointError(
             f"the loss of a row of {part} is not finite. Lower optimizer.learning_rate, or set optimizer.max_grad_norm."
@@ -646,10 +654,15 @@ LOGGED_KEYS = (
 
 def _remove_candidates(context: RefineContext, number: int) -> None:
     """Remove what the candidates of a round have saved, once the round itself is."""
-    for name in context.config.refine.methods:
-        run_dir.remove_folder(_candidate_folder(context.session, number, name))
-    run_dir.remove_folder(rewards_folder(context.session, number))
-    run_dir.remove_folder(scores_folder(context.session, number))
+    session = context.session
+
+    def remove() -> None:
+        for name in context.config.refine.methods:
+            run_dir.remove_folder(_candidate_folder(session, number, name))
+        run_dir.remove_folder(rewards_folder(session, number))
+        run_dir.remove_folder(scores_folder(session, number))
+
+    distributed.run_on_first_process(remove)
 
 
 def _candidate_folder(session: Session, number: int, name: str) -> Path:

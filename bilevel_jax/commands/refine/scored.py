@@ -14,6 +14,8 @@ from bilevel_jax.commands.refine.rollouts import RoundTask, count_questions, cou
 from bilevel_jax.core.types import Params
 from bilevel_jax.runs.config.load import RefineConfig
 from bilevel_jax.runs.config.schema import ScoreWeightsSection
+from bilevel_jax.runs.infra.distributed import fetch_to_host
+from bilevel_jax.runs.infra.placement import replicate
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring import likelihoods
 from bilevel_jax.runs.scoring.online import fill_missing_scores, scale_over_examples, score_correlation
@@ -54,9 +56,9 @@ def score_rows(
         arrays = [scores.values, *([] if scores.standard_errors is None else [scores.standard_errors])]
         return [jnp.asarray(array, jnp.result_type(float)) for array in arrays], {"notes": list(scores.notes)}
 
-    structure = [jnp.ones(task.num_examples)] * (1 + (config.scores.demonstration_sets > 1))
+    structure = [replicate(task.mesh, jnp.ones(task.num_examples))] * (1 + (config.scores.demonstration_sets > 1))
     arrays, facts = run_saved_job(session, number, name, scores_folder(session, number) / name, structure, compute)
-    values, *errors = (np.asarray(array, float) for array in arrays)
+    values, *errors = (fetch_to_host(array).astype(float) for array in arrays)
     return RoundScores(values, errors[0] if errors else None, facts)
 
 

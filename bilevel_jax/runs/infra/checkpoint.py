@@ -51,7 +51,8 @@ def save_checkpoint(
     """Write `tree` and `meta` (JSON values) as `step`, whole or not at all; then prune to `max_to_keep` (None: all).
 
     Every array is stored bit for bit: jax arrays of any dtype and sharding, numpy arrays, typed keys (as their data),
-    Python numbers. With several processes all call this, and `folder` is one that all of them see.
+    Python numbers. With several processes all call this, and `folder` is one that all of them see; of what each has for
+    itself that of the first is stored.
     """
     return _save_step(Path(folder), step, tree, meta, max_to_keep, is_noted=True)
 
@@ -190,9 +191,11 @@ def _is_prng_key(leaf: Any) -> bool:
 
 
 def _to_storable(leaf: Any) -> Any:
-    return (
-        jax.random.key_data(leaf) if _is_prng_key(leaf) else np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
-    )
+    if _is_prng_key(leaf):
+        leaf = jax.random.key_data(leaf)
+    # of several processes each has its own copy of such an array, and orbax stores none of them
+    is_of_one_process = isinstance(leaf, jax.Array) and leaf.is_fully_addressable and distributed.is_multiprocess()
+    return np.asarray(leaf) if is_of_one_process or isinstance(leaf, np.generic) else leaf
 
 
 def _is_stored(leaf: Any) -> bool:

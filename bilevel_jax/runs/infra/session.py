@@ -18,7 +18,7 @@ from bilevel_jax.runs.infra.journal import JsonLog
 from bilevel_jax.runs.infra.progress import make_progress_bar
 from bilevel_jax.runs.terminal import make_console
 
-MULTIPROCESS_COMMANDS = ("select", "train", "score", "rank")
+MULTIPROCESS_COMMANDS = ("select", "train", "score", "rank", "refine")
 """The commands that several processes can run."""
 SYNC_SECONDS = 1.0
 """Seconds, about, between two meetings of several processes about signals and saves."""

@@ -13,7 +13,7 @@ from bilevel_jax.runs.infra.session import open_run_dir, open_session
 def test_other_verbs_refuse_several_processes(monkeypatch, tmp_path):
     monkeypatch.setattr(distributed, "is_multiprocess", lambda: True)
     with pytest.raises(
-        ValueError, match="compare runs in one process.*several processes can run select, train, score and rank"
+        ValueError, match="compare runs in one process.*several processes can run select, train, score, rank and refine"
     ):
         with open_run_dir(CompareConfig(output=OutputSection(dir=str(tmp_path / "run")))):
             raise AssertionError("it was opened")

@@ -25,10 +25,12 @@ SMOOTH = (
 )  # fmt: skip
 
 
-def launch(made, out, processes: int, *flags, verb: str = "select", own_flags=None) -> list[subprocess.Popen]:
-    """Eight devices in all; the log of process i is in OUT.i, and `own_flags[i]` are its own."""
+def launch(
+    made, out, processes: int, *flags, verb: str = "select", own_flags=None, devices: int = 8
+) -> list[subprocess.Popen]:
+    """So many devices in all; the log of process i is in OUT.i, and `own_flags[i]` are its own."""
     port, running = free_port(), []
-    xla = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={8 // processes}")
+    xla = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices // processes}")
     for number in range(processes):
         command = [sys.executable, "-m", "bilevel_jax.cli", verb, str(made / f"{verb}.yaml"), "--out", str(out)]
         command += ["--mesh.data", "0", *flags, *(own_flags[number] if own_flags else ())]
