@@ -109,12 +109,12 @@ def run_refine(folder: Path, config: str, made: Path, flags: list[str]) -> dict[
     return json.loads((folder / "result.json").read_text())
 
 
-def table(cells: dict[str, list[dict[str, Any]]]) -> str:
-    """The table as markdown."""
+def table(cells: dict[str, list[dict[str, Any]]], reference_arm: str = REFERENCE) -> str:
+    """The table as markdown, its arms paired with one of them."""
     heads = [
         "arm",
         "right answers",
-        f"above {REFERENCE} [95 %]",
+        f"above {reference_arm} [95 %]",
         "test loss",
         "rounds accepted",
         "right responses",
@@ -125,14 +125,14 @@ def table(cells: dict[str, list[dict[str, Any]]]) -> str:
     given = [spread([run["test"]["right"]["first"] for run in first], 3)]
     given += ["", spread([run["test"]["first"] for run in first], 3), "", "", "", ""]
     lines = [heads, ["---"] * len(heads), ["the model as given", *given]]
-    reference = list(map(right_answers, cells.get(REFERENCE, [])))
+    reference = list(map(right_answers, cells.get(reference_arm, [])))
     for name, runs in cells.items():
         right = [one["right"] for run in runs for one in run["records"] if one["right"] is not None]
         lines.append(
             [
                 name,
                 spread(list(map(right_answers, runs)), 3),
-                "" if name == REFERENCE else paired(list(map(right_answers, runs)), reference, 3),
+                "" if name == reference_arm else paired(list(map(right_answers, runs)), reference, 3),
                 spread([run["test"]["last"] for run in runs], 3),
                 f"{sum(run['accepted'] for run in runs)} of {sum(len(run['records']) for run in runs)}",
                 f"{np.mean(right):.3f}" if right else "",
