@@ -21,7 +21,7 @@ from bilevel_jax.core.solve.arrays import (
 )
 from bilevel_jax.core.solve.interface import Method, build_solver
 from bilevel_jax.core.solve.solution import BilevelSolver, Solution, Status, first_status
-from bilevel_jax.core.training import Devices, init_train_state, step_functions, train, train_step
+from bilevel_jax.core.training import Devices, ProductPrecision, init_train_state, step_functions, train, train_step
 from bilevel_jax.core.types import (
     Adjoint,
     CheckpointPlan,
@@ -59,6 +59,7 @@ def unroll(
     memory: int | str = "sqrt",
     window: int | None = None,
     axis_name: str | None = None,
+    product_precision: ProductPrecision = "highest",
 ) -> BilevelSolver:
     """d L_v(theta_T(hyper)) / d hyper through a whole training run.
 
@@ -89,6 +90,8 @@ def unroll(
             gradients, Hessian products and L_v are summed over it, a model's state is averaged, and each device returns
             the hypergradients of its examples. Shares are of equal size. `batch_size` is then that of a device. `value`
             has derivatives under shard_map alone; under pmap take those of `run`.
+        product_precision: "highest", "high" or "default", of the matrix products in the steps back: on an accelerator
+            the lower ones are faster, and off by little (`train_step`). Training has the highest in any case.
 
     Returns:
         The solver. Its `run` gives a `Solution`; it raises a FloatingPointError for one whose status is not OK, unless
@@ -127,7 +130,7 @@ def unroll(
         local = devices.share(problem)
         return _Run(
             local,
-            step_functions(local, optimizer, devices)[:2],
+            step_functions(local, optimizer, devices, product_precision=product_precision)[:2],
             init_train_state(optimizer, inputs.params, inputs.model_state),
             batches_of(inputs.train, steps, batch_size, devices.count(), inputs.key),
         )
@@ -180,7 +183,7 @@ def unroll(
             params, model_state = devices.make_local((end.params, end.model_state))
             return devices.sum(end_loss(run, inputs, params, model_state))
 
-    step = train_step(problem, optimizer)  # compiled when a stream is first given
+    step = train_step(problem, optimizer, product_precision=product_precision)  # compiled when a stream is first given
     plan = _checkpoint_plan(window, memory)
 
     def train_on_stream(inputs: Inputs, plan: CheckpointPlan | None) -> Trajectory:
