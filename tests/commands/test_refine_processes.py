@@ -25,7 +25,8 @@ WAYS = {
     ),
     "joint": ("--refine.methods", "penalty", "bmo", "mixing", "--single-loop.reference", "snapshot"),
     "scores": (
-        "--refine.methods", "ica", "unrolled", "--scores.k", "1",
+        "--refine.methods", "ica", "unrolled", "--scores.k", "1", "--single-loop.steps", "0",
+        "--single-loop.eval-steps", "50",  # the defaults again, as none of its methods is named
         "--outer.estimate", "auto", "--outer.steps", "2", "--outer.reliability-every", "1",
     ),
     "fsdp": ("--refine.methods", "unrolled", "--refine.rounds", "1", "--mesh.fsdp", "2"),
