@@ -18,6 +18,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 WAYS = {
     "offline": ("--refine.questions", "fixed"),
     "ica": ICA,
+    "folds": ("--refine.questions", "fixed", "--outer.steps", "2", "--outer.validation-folds", "2"),
     "reinforce": tuple(text for pair in REINFORCE.items() for text in pair),
 }
 LAYOUTS = {
@@ -40,13 +41,7 @@ def whole(made, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "way, layout",
-    [
-        ("offline", "devices"),
-        ("ica", "devices"),
-        ("ica", "micro-batches"),
-        ("reinforce", "devices"),
-        ("reinforce", "micro-batches"),
-    ],
+    [*((way, "devices") for way in WAYS), ("ica", "micro-batches"), ("reinforce", "micro-batches")],
 )
 def test_devices_and_micro_batches_change_no_number(way, layout, made, whole, tmp_path):
     result, responses = run(made, tmp_path / "run", *WAYS[way], *LAYOUTS[layout])

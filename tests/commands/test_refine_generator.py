@@ -326,6 +326,7 @@ def test_stopped_anywhere_and_resumed_changes_no_bit(made, whole, tmp_path, stop
 VARIANTS = {
     "tokens": ("--reinforce.reward", "token", "--reinforce.advantages", "batch", "--reinforce.reduction", "token_sum"),
     "adapters": ("--lora.r", "2", "--model.base-dtype", "float32"),
+    "judged by pooled steps": ("--refine.methods", "uniform", "unrolled", "--outer.estimate", "pooled"),
     "judged by an unrolled candidate": ("--refine.methods", "uniform", "unrolled", "--refine.start-from", "first"),
 }
 
