@@ -29,6 +29,7 @@ WAYS = {
         "--single-loop.eval-steps", "50",  # the defaults again, as none of its methods is named
         "--outer.estimate", "auto", "--outer.steps", "2", "--outer.reliability-every", "1",
     ),
+    "folds": ("--refine.methods", "unrolled", "--outer.validation-folds", "2", "--outer.steps", "2"),
     "fsdp": ("--refine.methods", "unrolled", "--refine.rounds", "1", "--mesh.fsdp", "2"),
 }  # fmt: skip
 
@@ -41,22 +42,21 @@ def start(made, out, processes, way, *flags):
 
 @pytest.fixture(scope="module")
 def whole(made, tmp_path_factory):
-    """way -> the folder of its runs that were not stopped: in one process with two devices, in two with one each."""
+    """(way, number of processes) -> the folder of a run that was not stopped, on as many devices."""
     folder = tmp_path_factory.mktemp("whole")
 
-    def run(way):
-        for processes in (1, 2):
-            out = folder / f"{way}-{processes}"
-            if not out.exists():
-                assert ended(start(made, out, processes, way)) == [0] * processes, log(out, 0)
-        return folder
+    def run(way, processes):
+        out = folder / f"{way}-{processes}"
+        if not out.exists():
+            assert ended(start(made, out, processes, way)) == [0] * processes, log(out, 0)
+        return out
 
     return run
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_equal_one(way, whole):
-    one, two = (whole(way) / f"{way}-{processes}" for processes in (1, 2))
+    one, two = whole(way, 1), whole(way, 2)
     results = [json.loads((out / "result.json").read_text()) for out in (one, two)]
     compare_numbers(results[1], results[0], TOLERANCE)
     assert results[0]["sentence"] == results[1]["sentence"]
@@ -91,7 +91,7 @@ def test_stopped_in_a_round_and_resumed_changes_no_bit(victim, number, made, who
         assert codes == [128 + signal.SIGTERM] * 2 and "everything is saved" in log(out, victim)
     assert not (out / "result.json").exists()
     assert ended(start(made, out, 2, "weights", *often, "--output.resume")) == [0, 0], log(out, 0)
-    same(out, whole("weights") / "weights-2")
+    same(out, whole("weights", 2))
 
 
 def test_an_error_of_one_process_ends_both(made, tmp_path):

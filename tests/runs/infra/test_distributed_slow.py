@@ -12,7 +12,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from tests.commands.chat_server import ChatServer
 from tests.commands.test_rank import inputs  # noqa: F401
+from tests.commands.test_rank_candidates import answer, service
+from tests.commands.test_rank_candidates import inputs as candidate_inputs  # noqa: F401
 from tests.commands.test_select import same_run
 from tests.commands.test_targets import SEVERAL, files, flags  # noqa: F401
 from tests.conftest import ROOT
@@ -138,6 +141,42 @@ def test_rank_in_two_processes(inputs, tmp_path):  # noqa: F811
     verdicts = [json.loads((tmp_path / name / "result.json").read_text())["verdict"]["sentence"] for name in "12"]
     assert verdicts[0] == verdicts[1]
     assert "each answered by" in log(tmp_path / "2", 0) and "each answered by" not in log(tmp_path / "2", 1)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A service that takes its time, so that the first process asks it alone for longer than the meetings are apart."""
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    chat = ChatServer({"writer": answer})
+    chat.before = lambda number: time.sleep(0.2)
+    yield chat
+    chat.close()
+
+
+def test_rank_by_a_service_in_two_processes(candidate_inputs, server, tmp_path):  # noqa: F811
+    """The first process asks; with a signal to either meanwhile, both stop, and go on with what was answered."""
+    flags = (*service(server), "--candidates.questions", "12", "--candidates.concurrency", "2")
+    for processes in (1, 2):
+        before, out = len(server.requests), tmp_path / str(processes)
+        running = launch(candidate_inputs, out, processes, *flags, verb="rank", devices=2)
+        assert ended(running) == [0] * processes, log(out, 0)
+        assert len(server.requests) - before == 12 * 5
+    for victim in (0, 1):
+        before, out = len(server.requests), tmp_path / f"stopped-{victim}"
+        running = launch(candidate_inputs, out, 2, *flags, verb="rank", devices=2)
+        while len(server.requests) < before + 20:
+            time.sleep(0.02)
+            assert all(process.poll() is None for process in running), log(out, 0)
+        running[victim].send_signal(signal.SIGTERM)
+        assert ended(running) == [128 + signal.SIGTERM] * 2, log(out, 1 - victim)
+        running = launch(candidate_inputs, out, 2, *flags, "--output.resume", verb="rank", devices=2)
+        assert ended(running) == [0, 0], log(out, 0)
+        assert len(server.requests) - before <= 12 * 5 + 2  # those that were under way
+    for name in ("2", "stopped-0", "stopped-1"):
+        for file in ("strategies.jsonl", "rank.parquet"):
+            assert (tmp_path / name / file).read_bytes() == (tmp_path / "2" / file).read_bytes()
+        assert (tmp_path / name / "strategies.jsonl").read_bytes() == (tmp_path / "1" / "strategies.jsonl").read_bytes()
 
 
 def log(out, number: int) -> str:
