@@ -21,6 +21,7 @@ from bilevel_jax.lm.data.examples import load_examples
 from bilevel_jax.lm.data.tokens import load_tokenizer
 from bilevel_jax.lm.inference.prompts import make_prompts
 from bilevel_jax.runs.config.load import EvaluateConfig, load_config
+from bilevel_jax.runs.infra import distributed
 from bilevel_jax.runs.infra.session import Interrupted
 from tests.commands.chat_server import ChatServer, make_judge, shown_texts
 from tests.commands.typed_results import check_columns
@@ -186,8 +187,20 @@ def asked_twice(server):
 
 
 @pytest.mark.parametrize("at", [3, 45, 82, 120, 155])
-def test_after_a_stop_nothing_is_asked_twice(serve, tmp_path, at):
-    """Stopped by a signal while answers, or verdicts, arrive; the end is that of a run that was not."""
+def test_after_a_stop_nothing_is_asked_twice(serve, tmp_path, at, monkeypatch):
+    """Stopped by a signal while answers, or verdicts, arrive; the end is that of a run that was not.
+
+    What the first process does alone never ends by the signal: the others would take it for an error.
+    """
+    run_alone = distributed.run_on_first_process
+
+    def run_without_stop(work):
+        try:
+            return run_alone(work)
+        except Interrupted:
+            raise AssertionError("the first process stopped while the others waited for it") from None
+
+    monkeypatch.setattr(distributed, "run_on_first_process", run_without_stop)
     prompts, server = write(tmp_path / "prompts.jsonl", QUESTIONS), serve(judge=make_judge(quality, noise=0.3))
     whole = evaluate(server, prompts, tmp_path / "whole", "--judge.concurrency", "2", "--generate.concurrency", "2",
                      "--evaluate.metrics", "preference")  # fmt: skip

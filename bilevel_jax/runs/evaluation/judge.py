@@ -17,9 +17,8 @@ from bilevel_jax.lm.inference.sampling import SamplingParams
 from bilevel_jax.runs.config.schema import JudgeSection
 from bilevel_jax.runs.config.yaml_reader import suggest_nearest
 from bilevel_jax.runs.evaluation.answers import name_prompts, sum_usage
-from bilevel_jax.runs.infra import distributed
 from bilevel_jax.runs.infra.session import Session
-from bilevel_jax.runs.scoring.generation import ResponseFile, parse_parameter_names
+from bilevel_jax.runs.scoring.generation import ResponseFile, ask_on_first_process, parse_parameter_names
 
 MAX_SHOWN = 60
 """Characters of a question that an error shows."""
@@ -205,9 +204,7 @@ class Judge:
         return JudgeUse(len(replies), self._asked_again, sum_usage(replies), self._shortened)
 
     def _ask_service(self, prompts: Sequence[Prompt]) -> list[list[Response]]:
-        distributed.run_on_first_process(lambda: self._client(prompts, [0], self._store))
-        self._file.read_new()
-        return self._client(prompts, [0], self._store)  # all of it is there
+        return ask_on_first_process(lambda: self._client(prompts, [0], self._store), self._file, self._session)
 
     def _show_progress(self, done: int, total: int) -> None:
         self._session.set_phase(f"{self._phase}, {done:,} of {total:,}")

@@ -99,18 +99,27 @@ def make_service_generator(settings: GenerateSection, session: Session, section:
     store = ResponseStore(f"{settings.url} {settings.model}", response_store.responses, response_store.append)
 
     def generate_from_service(prompts: Sequence[Prompt], draws: Sequence[int]) -> list[list[Response]]:
-        distributed.run_on_first_process(lambda: _ask_until_signal(lambda: query_service(prompts, draws, store)))
-        session.check_signals(at_once=True)
-        response_store.read_new()
-        return query_service(prompts, draws, store)  # all of it is there
+        return ask_on_first_process(lambda: query_service(prompts, draws, store), response_store, session)
 
     return generate_from_service
 
 
-def _ask_until_signal(ask: Callable[[], Any]) -> None:
-    """A signal ends the requests of the first process; all processes then stop together, at the next check."""
-    with contextlib.suppress(Interrupted):
-        ask()
+def ask_on_first_process(
+    ask: Callable[[], list[list[Response]]], response_store: "ResponseFile", session: Session
+) -> list[list[Response]]:
+    """What `ask` gets from a service and stores: the first process asks, and then all read what is stored.
+
+    A signal to any process ends the requests of the first, or what comes after them, and all stop together.
+    """
+
+    def ask_until_signal() -> None:
+        with contextlib.suppress(Interrupted):
+            ask()
+
+    distributed.run_on_first_process(ask_until_signal)
+    session.check_signals(at_once=True)
+    response_store.read_new()
+    return ask()  # all of it is there
 
 
 def _prepare(
