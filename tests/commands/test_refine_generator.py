@@ -2,8 +2,10 @@
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,6 +24,7 @@ from bilevel_jax.commands.refine.text_statistics import (
 )
 from bilevel_jax.core.training import init_train_state
 from bilevel_jax.lm import models
+from bilevel_jax.lm.data.tokens import load_tokenizer
 from bilevel_jax.lm.losses import sft
 from bilevel_jax.runs.config.load import RefineConfig, load_config
 from bilevel_jax.runs.engine.trainer import Trainer
@@ -353,6 +356,22 @@ def test_another_model_generates(made, tmp_path):
         for name, flags in (("own", ()), ("other", ("--reinforce.model", str(given))))
     )
     assert [record["generator"] for record in own["records"]] == [record["generator"] for record in other["records"]]
+
+
+@pytest.mark.slow
+def test_a_model_of_another_architecture_generates(made, tmp_path):
+    """Wider, deeper and of another family: it is moved, written as what it is, and resumed."""
+    own = models.read_config(load(made).model.name_or_path)
+    other = replace(own, family="qwen3", qk_norm=True, width=2 * own.width, layers=own.layers + 1)
+    tokenizer, start = load_tokenizer(load(made).model.name_or_path), models.init_params(other, jax.random.key(1))
+    models.save_model(tmp_path / "other", other, start, tokenizer=tokenizer)
+    flags = ("--reinforce.model", str(tmp_path / "other"))
+    result = refine(load(made, *flags, "--out", str(tmp_path / "run")))
+    assert all(np.isfinite(record["generator"]["target_loss"]) for record in result["records"])
+    written, params = models.load_model(tmp_path / "run" / "generator")
+    assert (written.family, written.width, written.layers) == ("qwen3", other.width, other.layers)
+    assert any(not np.allclose(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(start), strict=True))
+    assert models.read_config(tmp_path / "run" / "model").width == own.width
 
 
 @pytest.mark.slow
