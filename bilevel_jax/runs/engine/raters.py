@@ -17,6 +17,7 @@ from bilevel_jax.core import weightings
 from bilevel_jax.core.types import Params, Weighting
 from bilevel_jax.core.weightings import RaterVariable
 from bilevel_jax.lm import models
+from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.losses.sft import assemble_params
 from bilevel_jax.runs.config.schema import DataSection, ModelSection, OuterSection, RaterSection, ScoresSection
 from bilevel_jax.runs.infra import distributed, identity, run_dir, seals
@@ -26,7 +27,7 @@ from bilevel_jax.runs.scoring import features, scores
 from bilevel_jax.runs.scoring.features import FeatureTable, Measured, Recipe
 from bilevel_jax.runs.stats import jackknife_half_width, mean_interval
 from bilevel_jax.runs.tasks.arrays import ArrayTask
-from bilevel_jax.runs.tasks.evaluation import is_validation_trainable
+from bilevel_jax.runs.tasks.evaluation import is_validation_trainable, judge_places
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.reference import fingerprint_model_files
 from bilevel_jax.runs.tasks.text import TextTask
@@ -151,10 +152,7 @@ def _make_features(
     else:
         assert isinstance(task, TextTask)
         measured = _measure_text(task, settings, params_of)
-        corpus, validation = (
-            task.corpus,
-            [example for example in task.held_out_examples.get("validation", []) if example.turns],
-        )
+        corpus, validation = task.corpus, _judging_examples(task)
         _keep_side_models(task, session, {name: params_of[name] for name in SIDE_MODELS if name in params_of})
     recipe, table = features.fit_recipe(settings, task.examples, validation, corpus, measured, task.trainable_indices())
     return RaterFeatures(recipe, table, features_work(task, settings, scores_settings))
@@ -203,8 +201,13 @@ def _measure_text(task: TextTask, settings: RaterSection, params_of: Mapping[str
         measured |= found if model == "start" else {LOSS_NAMES[model]: found["loss"]}
     if "hidden_likeness" in settings.features:
         measured["validation_hidden"] = measure("start", task.validation_indices())["hidden"]
-    validation = [example for example in task.held_out_examples.get("validation", []) if example.turns]
-    return measured | features.read_embedding_features(settings, task.examples, validation)
+    return measured | features.read_embedding_features(settings, task.examples, _judging_examples(task))
+
+
+def _judging_examples(task: TextTask) -> list[Example]:
+    """The validation examples that judge, where they have text."""
+    judging = (task.held_out_examples["validation"][place] for place in judge_places(task))
+    return [example for example in judging if example.turns]
 
 
 LOSS_NAMES = {"holdout": "validation_loss", "uniform": "uniform_loss"}

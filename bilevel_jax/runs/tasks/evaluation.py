@@ -41,7 +41,13 @@ def evaluate_per_example(
 @lru_cache(maxsize=8)
 def _map_micro_batches(function: Callable) -> Callable:
     """`function` of each micro-batch, compiled; cached, as a comparison evaluates the same function again and again."""
-    return jax.jit(lambda params, frozen, batch: jax.lax.map(lambda micro: function(params, frozen, micro), batch))
+
+    @jax.jit
+    def map_batch(params: Params, frozen: Frozen, batch: Batch) -> jax.Array:
+        with jax.default_matmul_precision("highest"):  # as the loss that is differentiated
+            return jax.lax.map(lambda micro: function(params, frozen, micro), batch)
+
+    return map_batch
 
 
 def held_out_indices(stream: Stream) -> Int[np.ndarray, "kept"]:
@@ -50,9 +56,17 @@ def held_out_indices(stream: Stream) -> Int[np.ndarray, "kept"]:
     return np.sort(index[index != PADDING])
 
 
+def judge_places(task: Task) -> Int[np.ndarray, "judges"]:
+    """The places in `held_out_examples` of the validation rows that judge: those that are not too long, and one for a
+    target without examples."""
+    if "validation" not in task.held_out_streams:
+        return np.zeros(0, np.int64)
+    return held_out_indices(task.held_out_streams["validation"])
+
+
 def num_judges(task: Task) -> int:
-    """How many validation rows judge: those that are not too long, and one for a target without examples."""
-    return len(held_out_indices(task.held_out_streams["validation"])) if "validation" in task.held_out_streams else 0
+    """How many validation rows judge."""
+    return len(judge_places(task))
 
 
 def judges_by_examples(task: Task) -> bool:
@@ -115,6 +129,13 @@ def count_examples(task: Task) -> dict[str, int]:
         part: sum(size for target, size in zip(targets, sizes, strict=True) if target.has_examples)
         for part, sizes in task.target_sizes.items()
     }
+
+
+def count_judging_examples(task: Task) -> int:
+    """The number of validation examples that judge: those that are neither too long nor left out."""
+    rows_of_targets = rows_by_target(task, "validation")
+    targets = task.outer_objective.targets
+    return sum(len(rows) for target, rows in zip(targets, rows_of_targets, strict=True) if target.has_examples)
 
 
 def has_target_readings(task: Task) -> bool:
