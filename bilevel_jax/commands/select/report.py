@@ -23,7 +23,7 @@ from bilevel_jax.runs.report.comparison import (
     variant_interval,
 )
 from bilevel_jax.runs.report.evaluation import describe_run_evaluation
-from bilevel_jax.runs.report.examples import describe_extreme_examples
+from bilevel_jax.runs.report.examples import describe_extreme_examples, describe_text
 from bilevel_jax.runs.report.figures import Series
 from bilevel_jax.runs.report.html import Column, Table, bold_cell, make_table, render_page
 from bilevel_jax.runs.report.numbers import (
@@ -54,7 +54,10 @@ PART_USES = {
     "dev": "choose the outer step",
     "test": "are read for this report alone",
 }
+NUM_CONTRADICTIONS_SHOWN = 20
+"""Validation examples that are shown, those of the least gain."""
 COST_LABELS = {
+    "contradictions": "contradictions within validation",
     "outer": "learning: training and backward pass, once per outer step",
     "certify": "certificates",
     "folds": "intervals of the rater: its steps without each fold of validation",
@@ -62,20 +65,27 @@ COST_LABELS = {
 }
 
 
-def write_select_report(folder: Path, examples: Sequence[Example]) -> Path:
+def write_select_report(folder: Path, examples: Sequence[Example], validation: Sequence[Example] = ()) -> Path:
     """Write `folder`/report.html from the files of a finished run, and return its path.
 
-    One file that loads nothing else. `examples` are the training examples, for their text; they are joined by id. All
-    text from data, config and environment is escaped: training data is hostile.
+    One file that loads nothing else. `examples` are the training examples, for their text; they are joined by id, as
+    those of `validation` are. All text from data, config and environment is escaped: training data is hostile.
     """
     run = read_results(folder, examples)
     path = folder / "report.html"
-    run_dir.write_atomic(path, render_select_report(run, describe_run_evaluation(folder, run.result)))
+    evaluations = describe_run_evaluation(folder, run.result)
+    contradictions = describe_contradictions(folder, run, validation)
+    run_dir.write_atomic(path, render_select_report(run, evaluations, contradictions))
     return path
 
 
-def render_select_report(run: RunResults, evaluations: Sequence[dict[str, Any]] = ()) -> str:
-    """The whole report as HTML; `evaluations` are comparisons of answers to evaluate.prompts."""
+def render_select_report(
+    run: RunResults,
+    evaluations: Sequence[dict[str, Any]] = (),
+    contradictions: dict[str, Any] | None = None,
+) -> str:
+    """The whole report as HTML; `evaluations` are comparisons of answers to evaluate.prompts, `contradictions` those
+    within validation (`describe_contradictions`)."""
     verdict, verdicts = run.result["verdict"], run.result["verdicts"]
     kind, icon = VERDICT_STYLES[verdict["level"]]
     return render_page(
@@ -99,6 +109,7 @@ def render_select_report(run: RunResults, evaluations: Sequence[dict[str, Any]] 
             {row["name"]: [one.get("targets") for one in row["runs"]] for row in run.result["compare"]},
         ),
         loop=describe_outer_loop(run),
+        contradictions=contradictions,
         gap=measure_generalization_gap(run),
         weights=describe_weights(run),
         ranking=describe_label_ranking(run),
@@ -182,8 +193,47 @@ def list_key_numbers(run: RunResults) -> list[tuple[str, str, str]]:
         *numbers,
         ("training examples", f"{total:,}", f"{run.result['selected']:,} selected: {rule}"),
         ("effective sample size", format_number(ess), f"examples, {format_percent(ess / total)} of all"),
-        ("validation examples", f"{run.result['rows'].get('validation', 0):,}", "which steer the weights"),
+        ("validation examples", f"{_count_rows(run, 'validation'):,}", "which steer the weights"),
     ]
+
+
+# ---- contradictions within validation
+
+
+def describe_contradictions(folder: Path, run: RunResults, validation: Sequence[Example] = ()) -> dict[str, Any] | None:
+    """What each validation example gained by the others, and those that lost; None where it was not measured."""
+    if not (measured := run.result.get("contradictions")):
+        return None
+    rows = run_dir.read_parquet(folder / "validation.parquet").to_pylist()
+    rows = sorted((row for row in rows if not math.isnan(row["gain"])), key=lambda row: row["gain"])
+    text_of = {example.id: describe_text(example) for example in validation}
+    groups = {True: "contradict the others", False: "do not"}
+    strips = [
+        (words, np.array([row["gain"] for row in rows if row["contradicts"] is is_one]))
+        for is_one, words in groups.items()
+    ]
+    axis = f"gain where other parts choose the weights, {run.unit}"
+    shown = [row for row in rows if row["contradicts"]][:NUM_CONTRADICTIONS_SHOWN]
+    return measured | {
+        "picture": figures.plot_strips([strip for strip in strips if len(strip[1])], axis, reference=0),
+        "lines": [
+            {
+                "gain": format_interval(MeanInterval(row["gain"], row["standard_error"])),
+                "source": row["source"],
+                "label": row["label"],
+                "place": f"{row['file']}:{row['line']}",
+                "id": row["id"],
+            }
+            | text_of.get(row["id"], describe_text(None))
+            for row in shown
+        ],
+    }
+
+
+def _count_rows(run: RunResults, part: str) -> int:
+    """The examples of a part; of validation those that steer the weights (all in runs of earlier versions)."""
+    judges = {"validation": run.result["judges"]} if "judges" in run.result else {}
+    return (run.result["rows"] | judges).get(part, 0)
 
 
 # ---- the outer loop
@@ -310,7 +360,7 @@ def measure_generalization_gap(run: RunResults) -> dict[str, float]:
 
 def data_table(run: RunResults) -> Table:
     """How many examples each part has, and what it is for."""
-    counts = {part: run.result["rows"].get(part, 0) for part in PART_USES}
+    counts = {part: _count_rows(run, part) for part in PART_USES}
     return make_table(
         Column("set", [bold_cell("training" if part == "train" else part) for part in counts]),
         Column("examples", list(counts.values())),

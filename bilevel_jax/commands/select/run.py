@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 
 from bilevel_jax.commands.select import report
 from bilevel_jax.commands.select.arms import build_arms
+from bilevel_jax.commands.select.contradictions import apply_contradictions
 from bilevel_jax.core import certify
 from bilevel_jax.core.types import Checks, Params
 from bilevel_jax.runs.budget import usage, work
@@ -43,6 +44,7 @@ from bilevel_jax.runs.tasks.builtin import resolve_builtin
 from bilevel_jax.runs.tasks.evaluation import (
     accuracy_name,
     count_examples,
+    count_judging_examples,
     judges_by_examples,
     list_target_facts,
     read_labels,
@@ -93,6 +95,9 @@ def _run_selection(
         session.print_line(note)
     session.set_phase("starting", total=sum(stage.work for stage in work.select_run_stages(task, config)))
     expected = usage.predict_usage(task, config, session)
+    contradictions = None
+    if config.contradictions.draws:
+        task, contradictions = apply_contradictions(task, config, session)
     trainer = Trainer(task, config.outer, session)
     learned, single_loop_result = _learn_weights(task, config, trainer, session)
     certificates_by_weights: dict[str, certify.Certificates] = {}
@@ -132,6 +137,8 @@ def _run_selection(
         "verdicts": {name: value._asdict() for name, value in verdicts.items()},
         "verdict": {**verdict._asdict(), "sentence": _describe_verdicts(verdicts, difficulty["sentence"])},
         "difficulty": difficulty,
+        "contradictions": contradictions,
+        "judges": count_judging_examples(task),
         "rater": rater["coefficients"] if rater else None,
         "rater_intervals": rater["intervals"] if rater else None,
         "selected": len(selected),
@@ -147,7 +154,9 @@ def _run_selection(
         timed_steps=sum(result["work"].values()),
     )
     run_dir.write_result(folder, result)
-    distributed.run_on_first_process(lambda: report.write_select_report(folder, task.examples))
+    distributed.run_on_first_process(
+        lambda: report.write_select_report(folder, task.examples, task.held_out_examples["validation"])
+    )
     return result
 
 
@@ -378,7 +387,8 @@ def _build_result(
         if single_loop_result is None:
             areas["first_hypergradient"] = labels.auc(-learned.first_hypergradient)
         areas |= {"alignment": labels.auc(-learned.alignment), "low_loss": labels.auc(-learned.losses)}
-    jobs = ("certify", "compare", *(["folds"] if config.rater.folds else []))
+    jobs = ["certify", "compare"]
+    jobs += ["folds"] * (config.rater.folds > 0) + ["contradictions"] * (config.contradictions.draws > 0)
     costs = {name: session.job_cost(name) for name in jobs}
     part_sizes = count_examples(task)
     return {

@@ -138,6 +138,20 @@ class Corpus:
         weights = None if self.token_weights is None else self.token_weights[part]
         return TokenizedSequence(self.ids[part], self.target_mask[part], weights)
 
+    def without_examples(self, rows: Int[np.ndarray, "rows"]) -> "Corpus":
+        """The same rows, of which some are dropped: there, but empty."""
+        is_dropped = np.zeros(self.num_examples, bool)
+        is_dropped[rows] = True
+        is_dropped = np.repeat(is_dropped, self.sequences_per_example)
+        is_kept_token = np.repeat(~is_dropped, self.lengths)
+        of_tokens = {
+            name: values[is_kept_token]
+            for name in ("ids", "target_mask", "sampler_log_probs", "token_weights", "advantages")
+            if (values := getattr(self, name)) is not None
+        }
+        offsets = np.concatenate([[0], np.cumsum(np.where(is_dropped, 0, self.lengths))]).astype(self.offsets.dtype)
+        return replace(self, offsets=offsets, **of_tokens)
+
     def with_reference_margins(self, reference_margins: Float[np.ndarray, "rows"]) -> "Corpus":
         """The same pairs with `preference_margins` under the reference model."""
         return replace(self, reference_margins=np.asarray(reference_margins))

@@ -70,6 +70,11 @@ def select_run_stages(task: Task, config: SelectConfig) -> list[WorkStage]:
     epoch_steps = _count_epoch_steps(task, outer)
     training, estimate = WorkStage("", forward_steps=steps), _hypergradient_stage(outer, steps, epoch_steps)
     baselines = WorkStage("", other_work=count_baseline_work(task))
+    contradictions_stages: list[WorkStage] = []
+    if config.contradictions.draws:
+        training_runs = training.repeat(1 + config.contradictions.folds, "")
+        draw = _add_stages("", training_runs, estimate, _estimate_of_each(outer, estimate, config.contradictions.folds))
+        contradictions_stages.append(draw.repeat(config.contradictions.draws, "contradictions within validation"))
     if outer.method in SINGLE_LOOP_METHODS:
         single_loop_stage = WorkStage(
             "", other_work=count_single_loop_work(config.single_loop, outer, steps, len(task.outer_objective.targets))
@@ -97,7 +102,7 @@ def select_run_stages(task: Task, config: SelectConfig) -> list[WorkStage]:
         stages.append(training.repeat(trainings, "comparison"))
     if config.evaluate.prompts:
         stages.append(training.repeat(1, "the model of uniform weights that answers prompts"))
-    return [*stages, training.repeat(1, "the model that is written")]
+    return [*contradictions_stages, *stages, training.repeat(1, "the model that is written")]
 
 
 def evaluation_work(task: TextTask, config: RunConfig, target_costs: Sequence[float] = (1.0,)) -> float:
@@ -307,16 +312,20 @@ def _hypergradient_stage(outer: OuterSection, steps: int, epoch_steps: int) -> W
     return WorkStage("", other_work=2 * epoch_steps + HVP_WORK * products * min(outer.curvature_batches, epoch_steps))
 
 
+def _estimate_of_each(outer: OuterSection, hypergradient: WorkStage, num_losses: int) -> WorkStage:
+    """What the hypergradients of so many outer losses side by side add to that of one."""
+    if outer.method not in ("unrolled", "window"):
+        return hypergradient.repeat(num_losses - 1, "")
+    return WorkStage("", other_work=(num_losses - 1) * EXTRA_LOSS_WORK * hypergradient.backward_steps)
+
+
 def _reliability_stage(task: Task, outer: OuterSection, steps: int, epoch_steps: int) -> WorkStage:
     """What measuring the reliability adds to a hypergradient: dev and its halves, or the halves of validation.
 
     Pooled steps read the halves of validation in any case.
     """
-    extra_losses = count_reliability_losses(task, outer)
     hypergradient = _hypergradient_stage(outer, steps, epoch_steps)
-    if outer.method not in ("unrolled", "window"):
-        return hypergradient.repeat(extra_losses, "")
-    return WorkStage("", other_work=extra_losses * EXTRA_LOSS_WORK * hypergradient.backward_steps)
+    return _estimate_of_each(outer, hypergradient, 1 + count_reliability_losses(task, outer))
 
 
 def count_reliability_losses(task: Task, outer: OuterSection) -> int:
@@ -332,9 +341,10 @@ def count_backward_losses(task: Task, config: OuterLoopConfig) -> int:
     """The most outer losses whose hypergradients one backward pass of the run computes."""
     if isinstance(config, AuditConfig):
         return 1 + (num_judges(task) > 1) + config.audit.queries
+    parts = config.contradictions.folds if isinstance(config, SelectConfig) and config.contradictions.draws else 1
     if not config.outer.reliability_every and not pools_steps(task, config.outer):
-        return 1
-    return 1 + count_reliability_losses(task, config.outer)
+        return parts
+    return max(parts, 1 + count_reliability_losses(task, config.outer))
 
 
 def _add_stages(name: str, *stages: WorkStage) -> WorkStage:

@@ -41,6 +41,7 @@ COMMON_KEYS: dict[str, tuple[str, ...]] = {
     "verifier": ("name", "answer_field"),
     "show": ("examples", "ids"),
     "selection": ("top_share",),
+    "contradictions": ("draws",),
     "retrain": ("enabled",),
     "certify": ("enabled",),
     "export": ("dir", "format", "container"),

@@ -35,6 +35,7 @@ class SelectConfig:
     rater: schema.RaterSection = schema.RaterSection()
     single_loop: schema.SingleLoopSection = schema.SingleLoopSection()
     scores: schema.ScoresSection = schema.ScoresSection()
+    contradictions: schema.ContradictionsSection = schema.ContradictionsSection()
     output: schema.OutputSection = schema.OutputSection()
     selection: schema.SelectionSection = schema.SelectionSection()
     retrain: schema.RetrainSection = schema.RetrainSection()

@@ -111,6 +111,11 @@ def _target_losses(target: Any) -> tuple[str, ...]:
     return target.losses * len(target.sources) if len(target.losses) == 1 and target.sources else target.losses
 
 
+def _judges_by_one_target(target: Any) -> bool:
+    """Whether one set of validation examples judges; targets of coefficient 0 are only reported."""
+    return len(target.sources) < 2 or sum(coefficient != 0 for coefficient in target.coefficients) == 1
+
+
 def _fits_targets(target: Any, values: tuple[float, ...], readers: tuple[str, ...], *, default: float) -> bool:
     """Whether a setting of some losses is one for all targets, or one for each, `default` where the loss has none."""
     losses = _target_losses(target)
@@ -471,6 +476,22 @@ CONFIG_RULES: tuple[Rule, ...] = (
         lambda c: c.outer.validation_folds == 0 or not (c.target.losses or c.target.sources),
         "trains on validation examples by the training loss, and section target judges by another: set it to 0, or "
         "leave the section out",
+    ),
+    (
+        "contradictions.draws",
+        lambda c: c.contradictions.draws == 0 or c.outer.method not in SINGLE_LOOP_METHODS,
+        "is measured by hypergradients, which outer.method has none of: find the contradictions with unrolled, and "
+        "give its judges.jsonl to data.validation",
+    ),
+    (
+        "contradictions.draws",
+        lambda c: c.contradictions.draws == 0 or (_judges_by_one_target(c.target) and not reads_parameters_alone(c)),
+        "divides one validation set, and section target has several or none: set it to 0, or name one target",
+    ),
+    (
+        "contradictions.draws",
+        lambda c: c.contradictions.draws > 0 or c.contradictions == type(c.contradictions)(),
+        "is 0, so nothing reads the other keys of the section: set it to 4, or leave them out",
     ),
     (
         "rater.folds",

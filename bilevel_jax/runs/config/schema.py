@@ -762,6 +762,23 @@ DEFAULT_VARIANTS: tuple[Variant, ...] = get_args(Variant)[:13]
 
 
 @dataclass(frozen=True)
+class ContradictionsSection:
+    """Validation examples whose loss rises when the others choose the training weights: wrong labels, another task."""
+
+    draws: Annotated[int, Ge(2), Special(0, "not measured")] = 0
+    """Divisions of validation into parts, 4 say; in each, every example is read after a training whose weights the
+    other parts chose. A draw costs the hypergradients of all parts, side by side, and a training for each part and
+    one; 0: not measured."""
+
+    folds: Annotated[int, Ge(2)] = 4
+    """Parts of validation, of two examples or more."""
+
+    action: Literal["report", "drop"] = "report"
+    """What is done with such examples: they are named in the report and in validation.parquet (report), or do not
+    steer the weights, too (drop). Read before you drop: a rare kind of example contradicts as a wrong one does."""
+
+
+@dataclass(frozen=True)
 class RetrainSection:
     """Comparison of final weights with simple alternatives, by retraining and evaluating on test."""
 

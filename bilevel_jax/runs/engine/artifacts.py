@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,13 +96,20 @@ def describe_estimand(outer: OuterSection, steps: int) -> str:
 def format_selected_jsonl(
     examples: list[Example], weights: np.ndarray, selected_indices: Int[np.ndarray, "selected"]
 ) -> str:
-    """The selected examples as jsonl, with id and weight, in the one layout that holds all of them."""
-    kinds = {example_kind(examples[row]) for row in selected_indices}
+    """The selected examples as jsonl, with id and weight."""
+    return format_jsonl(examples, selected_indices, lambda row: {"weight": float(weights[row])})
+
+
+def format_jsonl(
+    examples: list[Example], indices: Int[np.ndarray, "written"], describe: Callable[[int], dict[str, Any]]
+) -> str:
+    """Some examples as jsonl, with id and what `describe` says of each, in the one layout that holds all of them."""
+    kinds = {example_kind(examples[row]) for row in indices}
     chat_layout = "preference_chat" if is_preference_pair(examples[0]) else "chat"
     layout = chat_layout if kinds == {"chat", "prompt"} else "auto"  # a file has one layout
     lines = []
-    for row in selected_indices:
-        content = {**example_to_row(examples[row], layout), "id": examples[row].id, "weight": float(weights[row])}
+    for row in indices:
+        content = {**example_to_row(examples[row], layout), "id": examples[row].id, **describe(int(row))}
         lines.append(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
     # Half of a surrogate pair has no UTF-8; its escape is the same character to a reader of JSON.
     return "".join(lines).encode("utf-8", "backslashreplace").decode("utf-8")

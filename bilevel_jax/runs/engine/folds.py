@@ -94,7 +94,7 @@ def count_judges(task: Task, turn: Turn | None) -> int:
 def _spread(task: Task, turn: Turn, factors: Float[np.ndarray, "judges"]) -> Float[np.ndarray, "validation"]:
     """The factors at the places of the judges, for a stream whose denominator counts all validation examples."""
     spread = np.zeros(len(task.held_out_examples["validation"]))
-    spread[turn.judges] = factors * (len(task.validation_indices()) / len(turn.judges))
+    spread[turn.judges] = factors * (num_judges(task) / len(turn.judges))
     return spread
 
 

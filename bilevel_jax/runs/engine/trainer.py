@@ -1,7 +1,7 @@
 """Resumable training runs and hypergradient estimates of a task."""
 
 import contextlib
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -222,7 +222,6 @@ class Trainer:
         with `dev_seed`, `independent` holds the hypergradient of dev loss and the difference of two halves of dev. They
         go back beside the hypergradient, which they change by rounding at most.
         """
-        fixed = self.task.frozen(run.start.params)
         validation = turn_validation_stream(self.task, turn)
         extra = self._extra_streams(halves_seed, dev_seed, turn)
         if self._backward_pass is None or self._backward_pass_of_each is None:
@@ -231,16 +230,45 @@ class Trainer:
             )
             grads = {name: estimate_at_end(validation=outer_stream).grad for name, outer_stream in extra.items()}
             return _add_grads(estimate_at_end(validation=validation), grads)
-        passes, streams = (
-            (self._backward_pass_of_each, [validation, *extra.values()]) if extra else (self._backward_pass, validation)
-        )
-        self._num_losses = 1 + len(extra)
+        streams = [validation, *extra.values()] if extra else validation
+        estimate = self._go_back(run, weights, stream, streams, outer_step)
+        return _split_losses(estimate, list(extra)) if extra else estimate
+
+    def estimate_each(
+        self,
+        run: Trajectory,
+        weights: jax.Array,
+        stream: Stream,
+        validations: Sequence[Stream],
+        *,
+        outer_step: int | None = None,
+    ) -> list[Estimate]:
+        """The hypergradients of several outer losses, such as those of parts of validation, side by side."""
+        if self._backward_pass_of_each is None:
+            return [self.estimate_at_end(run, weights, validation=validation) for validation in validations]
+        estimates = self._go_back(run, weights, stream, validations, outer_step)
+        return [_pick_loss(estimates, place) for place in range(len(validations))]
+
+    def _go_back(
+        self,
+        run: Trajectory,
+        weights: jax.Array,
+        stream: Stream,
+        validation: Stream | Sequence[Stream],
+        outer_step: int | None,
+    ) -> Estimate:
+        """The whole backward pass of one outer loss, or of several side by side, whose estimates lead with [losses]."""
+        is_single = isinstance(validation, Stream)
+        passes = self._backward_pass if is_single else self._backward_pass_of_each
+        assert passes is not None
+        fixed = self.task.frozen(run.start.params)
+        self._num_losses = 1 if is_single else len(validation)
         restored = None if outer_step is None else self._load_mid_step(outer_step, run.start, weights)
         if restored is not None and restored.checkpoint.backward_state.step >= 0:
             backward_state = restored.checkpoint.backward_state
             self.session.advance(backward_step_work(self._num_losses) * (run.steps - backward_state.step))
         else:
-            backward_state = passes.init(run, weights, fixed, streams)
+            backward_state = passes.init(run, weights, fixed, validation)
 
         def pause() -> None:
             if self.session.should_save():
@@ -254,8 +282,7 @@ class Trainer:
             pause()
         self._pause = lambda: None  # the other holds this run's states
         delete_stored_states(run)
-        estimate = passes.finish(run, backward_state)
-        return _split_losses(estimate, list(extra)) if extra else estimate
+        return passes.finish(run, backward_state)
 
     def draw_halves(self, part: str, seed: int) -> Float[np.ndarray, "examples"]:
         """The factors of the examples of validation or dev in the difference of two halves, in the order of
@@ -467,20 +494,19 @@ def backward_step_work(num_losses: int) -> float:
     return REPLAY_WORK + HVP_WORK + EXTRA_LOSS_WORK * (num_losses - 1)
 
 
+def _pick_loss(estimates: Estimate, place: int) -> Estimate:
+    """The estimate of one of several outer losses."""
+    grad, validation_loss, direction = jax.tree.map(
+        lambda leaf: leaf[place], (estimates.grad, estimates.validation_loss, estimates.direction)
+    )
+    checks = estimates.checks._replace(growth=float(jnp.asarray(estimates.checks.growth)[place]))
+    return Estimate(grad, validation_loss, direction, checks, estimates.params)
+
+
 def _split_losses(estimates: Estimate, extra_names: list[str]) -> Estimate:
     """The estimate of the first of several outer losses, with the hypergradients of the others."""
-    grad, validation_loss, direction = jax.tree.map(
-        lambda leaf: leaf[0], (estimates.grad, estimates.validation_loss, estimates.direction)
-    )
-    checks = estimates.checks._replace(growth=float(jnp.asarray(estimates.checks.growth)[0]))
-    first = Estimate(grad, validation_loss, direction, checks, estimates.params)
-    return _add_grads(
-        first,
-        {
-            name: jax.tree.map(lambda leaf, place=place: leaf[place], estimates.grad)
-            for place, name in enumerate(extra_names, start=1)
-        },
-    )
+    grads = {name: _pick_loss(estimates, place).grad for place, name in enumerate(extra_names, start=1)}
+    return _add_grads(_pick_loss(estimates, 0), grads)
 
 
 def _add_grads(estimate: Estimate, grads: dict[str, Hyper]) -> Estimate:

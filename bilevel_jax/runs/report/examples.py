@@ -52,12 +52,12 @@ def _describe_lines(run: RunResults, indices: np.ndarray, power: int) -> list[di
             "place": f"{columns['file'][index]}:{columns['line'][index]}",
             "id": columns["id"][index],
         }
-        | _describe_text(run.examples.get(columns["id"][index]))
+        | describe_text(run.examples.get(columns["id"][index]))
         for index, weight, hypergradient in zip(indices, weights, hypergradients, strict=True)
     ]
 
 
-def _describe_text(example: Example | None) -> dict[str, Any]:
+def describe_text(example: Example | None) -> dict[str, Any]:
     """The turns that are shown of an example as (role, text, kind), and how many are left out before and after them."""
     if example is None:
         return {"turns": None}

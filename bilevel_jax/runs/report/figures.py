@@ -288,9 +288,10 @@ def evenly_spaced_indices(count: int, max_count: int = MAX_POINTS) -> np.ndarray
 
 
 def _weight_limits(values: np.ndarray, reference: float) -> tuple[tuple[float, float], bool]:
-    """The ends of an axis of weights, and whether it is a log axis: where they spread over more than a factor of 20."""
+    """The ends of an axis of weights, and whether it is a log axis: where they spread over more than a factor of 20 and
+    the reference has a place on one."""
     finite = values[np.isfinite(values)]
-    if floor := log_axis_floor(finite):
+    if (floor := log_axis_floor(finite)) and not reference <= 0:
         high = max(float(finite.max()), reference if math.isfinite(reference) else 0)
         return (floor * 0.9, high * 1.1), True
     return axis_limits([*finite, reference]), False

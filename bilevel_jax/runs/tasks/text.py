@@ -208,6 +208,21 @@ class TextTask(NamedTuple):
         """The corpus indices of the validation examples; none where they are of another kind than is trained on."""
         return self.corpus.kept_indices[self.corpus.kept_indices >= self.num_examples]
 
+    def without_validation(self, places: Int[np.ndarray, "dropped"]) -> "TextTask":
+        """The task in which some validation examples, by their places in `held_out_examples`, judge no more; of one
+        target. As those that are too long they keep their places."""
+        (judges,) = self.target_corpora["validation"]
+        assert judges.corpus is not None
+        is_joint = len(self.validation_indices()) > 0
+        corpus = self.corpus.without_examples(self.num_examples + places) if is_joint else self.corpus
+        kept = [judges._replace(corpus=judges.corpus.without_examples(places))]
+        stream = cache_stream(self.mesh, _make_held_out_stream(kept, self.outer_objective, self.mesh, self.layout))
+        return self._replace(
+            corpus=corpus,
+            target_corpora=self.target_corpora | {"validation": kept},
+            held_out_streams=self.held_out_streams | {"validation": stream},
+        )
+
 
 class TextPrograms(NamedTuple):
     """The compiled functions of a task, which do not depend on its data."""
@@ -517,8 +532,10 @@ def compose_text_task(
     target_corpora = {part: tokenized_data.part_corpora(part) for part in tokenized_data.parts}
 
     def make_streams(objective: OuterObjective, parts: Mapping[str, list[TargetCorpus]]) -> dict[str, Stream]:
-        make = partial(targets.make_target_stream, shape=layout.unpacked, local_rows=partial(local_rows, mesh))
-        return {part: cache_stream(mesh, make(corpora, objective.targets)) for part, corpora in parts.items()}
+        return {
+            part: cache_stream(mesh, _make_held_out_stream(corpora, objective, mesh, layout))
+            for part, corpora in parts.items()
+        }
 
     reported, beside = None, tokenized_data.reported_corpora()
     if programs.reported is not None:
@@ -547,6 +564,15 @@ def compose_text_task(
         outer_objective=programs.outer_objective,
         target_corpora=target_corpora,
         reported=reported,
+    )
+
+
+def _make_held_out_stream(
+    corpora: Sequence[TargetCorpus], objective: OuterObjective, mesh: Mesh, layout: BatchShape
+) -> Stream:
+    """The examples of a part once, as a stream that sums to the loss of the part."""
+    return targets.make_target_stream(
+        corpora, objective.targets, shape=layout.unpacked, local_rows=partial(local_rows, mesh)
     )
 
 
