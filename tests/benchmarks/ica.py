@@ -171,7 +171,7 @@ def measure_robustness(folder: Path, model: LanguageModel, seed: int, wrong_shar
     made = scripts.write_scripts_data(folder / f"data-responses-{seed}", seed=seed, lessons=0)
     train_rows, validation, test = (read_rows(made / f"{part}.jsonl") for part in ("train", "validation", "test"))
     for row in validation[: round(wrong_share * len(validation))]:
-        row["response"] = _other_response(row)
+        row["response"] = wrong_response(row)
     right = np.array([row["label"] == "clean" for row in train_rows])
     cell: Cell = {}
     for described, (k, num_sets) in SETS.items():
@@ -251,13 +251,13 @@ def minmax(values: np.ndarray) -> np.ndarray:
 def judge(result: FineTuned, test: list[Cell]) -> Cell:
     """Test loss, and the share of test examples whose right response is likelier than the wrong key's."""
     prompts, right = [row["prompt"] for row in test], [row["answer"] for row in test]
-    wrong = [row["rejected"] if "rejected" in row else _other_response(row) for row in test]
+    wrong = [row["rejected"] if "rejected" in row else wrong_response(row) for row in test]
     sides = [result.lm.loglik(prompts, responses).nats for responses in (right, wrong)]
     return {"loss": result.value, "accuracy": float((sides[0] > sides[1]).mean())}
 
 
-def _other_response(row: Cell) -> str:
-    """By the key that wrong examples follow: the next script in every place."""
+def wrong_response(row: Cell) -> str:
+    """The response by the key that wrong examples follow: the next script in every place."""
     places = [next((s, script.index(sign)) for s, script in enumerate(scripts.SCRIPTS) if sign in script)
               for sign in row["answer"]]  # fmt: skip
     return "".join(scripts.SCRIPTS[(s + 1) % len(scripts.SCRIPTS)][place] for s, place in places)
@@ -284,7 +284,7 @@ def judge_folder(model: Path, test: Path) -> float:
     rows, lm = read_rows(test), bj.lm.load(model)
     prompts = [row["prompt"] for row in rows]
     right = lm.loglik(prompts, [row["answer"] for row in rows]).nats
-    return float((right > lm.loglik(prompts, [_other_response(row) for row in rows]).nats).mean())
+    return float((right > lm.loglik(prompts, [wrong_response(row) for row in rows]).nats).mean())
 
 
 def format_scores(runs: list[Cell]) -> str:
