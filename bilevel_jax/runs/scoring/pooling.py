@@ -136,7 +136,7 @@ class StepPooling:
         factors = np.array([self.halves.max(), self.halves.min()], hyper_grad.dtype)
         half = jnp.zeros_like(hyper_grad) if difference is None else difference
         if self.multiplicity is not None:  # sums over examples count each by its multiplicity: the root in each factor
-            root = jnp.sqrt(jnp.asarray(self.multiplicity, hyper_grad.dtype))
+            root = np.sqrt(np.asarray(self.multiplicity, hyper_grad.dtype))
             hyper_grad, half = root * hyper_grad, root * half
         parts = split_halves(self._features, factors, hyper_grad, half)
         reliability = last or PartReliability(0.0, 0.0)
@@ -147,7 +147,7 @@ class StepPooling:
         relied_on = PartReliability(1.0, 0.0) if self.estimate == "pooled" else reliability
         direction = pool_contributions(parts, relied_on)
         if self.multiplicity is not None:
-            direction = jnp.where(root > 0, direction / jnp.where(root > 0, root, 1), 0)
+            direction = direction / np.maximum(root, np.finfo(root.dtype).tiny)  # 0 where it counts nothing
         return direction, reliability, state
 
 
