@@ -18,6 +18,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 WAYS = {
     "offline": ("--refine.questions", "fixed"),
     "ica": ICA,
+    "pooled": ("--refine.questions", "fixed", "--outer.steps", "2", "--outer.estimate", "pooled"),
     "folds": ("--refine.questions", "fixed", "--outer.steps", "2", "--outer.validation-folds", "2"),
     "reinforce": tuple(text for pair in REINFORCE.items() for text in pair),
 }
