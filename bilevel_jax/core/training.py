@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -150,12 +150,15 @@ def train_step(
     Args:
         problem: as `weighted` or `shared` gives it.
         optimizer: with a derivative; see `check_differentiable`.
-        product_precision: "highest" (float32: six passes on a TPU, no tensor cores on a GPU), "high" (three passes of
-            bfloat16, or TF32) or "default" (one pass). `linearize` and `vjp_step` are at the highest in any case, as
-            their products are fixed where training makes them.
+        product_precision: "highest" (float32: six passes of bfloat16 on a TPU, no tensor cores on a GPU), "high"
+            (three passes on a TPU, TF32 on a GPU) or "default" (one pass on a TPU, TF32 on a GPU). `linearize` and
+            `vjp_step` are at the highest in any case, as their products are fixed where training makes them.
 
     Returns:
         The compiled functions of a step.
+
+    Raises:
+        ValueError: for another product_precision.
 
     Example:
         >>> problem = bj.weighted(lambda theta, frozen, batch: 0.5 * (theta - batch["data"]) ** 2)
@@ -172,6 +175,14 @@ def train_step(
     return TrainStep(forward, backward, gather, scatter_add, linearize, vjp_step)
 
 
+def check_product_precision(precision: str) -> None:
+    """Raise ValueError for one that is none: JAX would say so after the training, and take others than ours."""
+    if precision not in (names := get_args(ProductPrecision)):
+        raise ValueError(
+            f"product_precision is {precision!r}; choose {', '.join(map(repr, names[:-1]))} or {names[-1]!r}."
+        )
+
+
 def step_functions(
     problem: Problem,
     optimizer: optax.GradientTransformation,
@@ -180,6 +191,7 @@ def step_functions(
     product_precision: ProductPrecision = "highest",
 ) -> tuple[Callable, Callable, Callable, Callable]:
     """`train_step`'s four functions of a step, to be compiled; `problem` is a device's share of the whole."""
+    check_product_precision(product_precision)
     if problem.has_state:
         return stateful_step_functions(problem, optimizer, devices, product_precision)
     all_reduce, make_local = devices.sum, devices.make_local

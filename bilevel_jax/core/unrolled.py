@@ -443,7 +443,7 @@ def check_differentiable(
         jax.jit(partial(_find_acting_step, optimizer)),
         jax.jit(partial(_pull_back_update, optimizer)),
         jax.jit(_zero_half),
-        jax.jit(lambda leaves, rest: ([jnp.isfinite(leaf).all() for leaf in leaves], tree.all_finite(rest))),
+        jax.jit(lambda vector: jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), vector)),
     )
     any_acts = False
     start_grad = None
@@ -461,13 +461,13 @@ def check_differentiable(
             if not acts:
                 continue
             grad_bar, params_bar, opt_bar = pull_back(probe_grad, acting)
-            leaves_finite, rest_finite = find_finite(opt_bar, (grad_bar, params_bar))
-            is_finite = list(map(bool, leaves_finite))
-            if rest_finite and all(is_finite):
+            is_grad_finite, *others_finite = jax.device_get(find_finite((grad_bar, params_bar, opt_bar)))
+            if all(map(bool, jax.tree.leaves((is_grad_finite, others_finite)))):
                 continue
+            is_finite = list(map(bool, others_finite[1]))
             raise ValueError(
                 f"the optimizer's update has a derivative that is not finite at {description} (step "
-                f"{int(acting.step)}){remedy_for_not_finite(grad_bar, acting.opt_state, is_finite)}"
+                f"{int(acting.step)}){remedy_for_not_finite(is_grad_finite, acting.opt_state, is_finite)}"
             )
     if any_acts:
         return

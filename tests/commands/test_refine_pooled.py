@@ -110,7 +110,7 @@ def pooling_of(config, tmp_path_factory):
             halves = np.tile([1.0, -1.0], 4)
             pooling = StepPooling(task, session, halves, estimate="auto", train_seed=0, multiplicity=multiplicity)
             losses, steps = ValidationModelLosses(*rows[:3]), jnp.asarray(rows[4:], jnp.float32)
-            state = empty_pooling_state(len(multiplicity), jnp.zeros(len(multiplicity)))
+            state = empty_pooling_state(task.mesh, len(multiplicity), jnp.zeros(len(multiplicity)))
             state = PoolingState(losses, state.earlier)
             last = PartReliability(1.0, 1.0)
             _, _, state = pooling.take(state, steps[0], steps[1], rows[3], last)

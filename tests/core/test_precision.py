@@ -105,6 +105,9 @@ def test_it_is_that_of_the_products_in_the_step_back_alone(precision):
     after = Adjoint(run.end.params, tree.inexact_leaves(run.end.opt_state))
     assert set(products(forward, stored.state, given, (), batch)) == {"HIGHEST"}
     assert set(products(linearize, stored.state, given, (), batch)) == {"HIGHEST"}
+    linearization = step.linearize(stored.state, given, (), batch)[2]
+    on_tape = products(vjp_step, stored.state, stored.grad, linearization, given, (), batch, after)
+    assert set(on_tape) == {"HIGHEST"}
     back = products(backward, stored.state, stored.grad, given, (), batch, after)
     assert len(back) >= 8 and set(back) == {precision.upper()}
 
@@ -112,7 +115,7 @@ def test_it_is_that_of_the_products_in_the_step_back_alone(precision):
 @pytest.mark.parametrize(
     ("kinds", "precision", "most"), [(("bfloat16", ""), "default", 0.05), (("", "tf32"), "high", 0.01)]
 )
-def test_the_error_enters_once_and_training_keeps_its_bits(kinds, precision, most):
+def test_the_error_is_that_of_the_steps_back_and_training_keeps_its_bits(kinds, precision, most):
     with jax.enable_x64(True):
         exact, _ = hypergradients("highest", jnp.float64)
     with jax.enable_x64(False):
@@ -162,3 +165,12 @@ def test_a_model_with_a_state_has_them_too():
     after = Adjoint(state.params, tree.inexact_leaves(state.opt_state), (state.model_state,))
     assert set(products(forward, state, weight, (), batch)) == {"HIGHEST"}
     assert set(products(backward, state, state.params, weight, (), batch, after)) == {"DEFAULT"}
+
+
+BUILDERS = [train_step, lambda problem, optimizer, **named: unroll(problem, optimizer, steps=2, **named)]
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_another_precision_is_refused_before_any_training(build):
+    with pytest.raises(ValueError, match="product_precision is 'hihg'; choose 'highest', 'high' or 'default'"):
+        build(PROBLEM, ADAM, product_precision="hihg")

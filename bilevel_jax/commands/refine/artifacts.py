@@ -132,7 +132,9 @@ def write_round_tables(session: Session, records: list[dict[str, Any]], config_h
         "weight": "factor of the row's loss beside base, by `method`, the best candidate that learns weights; else 1",
         "base": "what the row counts before any weight: 1/G for each of G responses, over the mean of all rows",
         "reward": "of a generator's response: minus the derivative of L_v by its weight at weight 1, over base",
-        SCORE_COLUMN: "of refine.methods = ica: log p(response) with demonstrations minus without, nats",
+        SCORE_COLUMN: "of refine.methods = ica: log p(response) with demonstrations minus without, nats "
+        "(per token with scores.per_token)",
+        f"{SCORE_COLUMN}_standard_error": "of score, over sets of demonstrations (scores.demonstration_sets)",
         "config_hash": config_hash,
     }
     table = pa.concat_tables(weights).replace_schema_metadata({key: text.encode() for key, text in meaning.items()})

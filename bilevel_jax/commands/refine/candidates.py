@@ -314,7 +314,9 @@ class _OuterSteps:
         self.step_pooling: StepPooling | None = None
         self.pooled: _PooledSteps | None = None
         if pools_steps(self.task, self.outer):
-            self.pooled = _PooledSteps(empty_pooling_state(self.task.num_examples, self.hyper), self.hyper)
+            self.pooled = _PooledSteps(
+                empty_pooling_state(self.task.mesh, self.task.num_examples, self.hyper), self.hyper
+            )
             self.step_pooling = StepPooling(
                 self.task, session, self.trainer.draw_halves("validation", self.seed), estimate=self.outer.estimate,
                 train_seed=config.train.seed + ROUND_SEED_STRIDE * round_number, multiplicity=round_task.multiplicity,

@@ -328,7 +328,8 @@ def describe_validation_weights(result: JsonObject) -> list[str]:
     """A line for each candidate that validation examples trained, too."""
     return [
         f"Round {record['step']}: {candidate['name']} is trained on the validation examples, too, each with weight "
-        f"{format_number(candidate['validation_weight'])}; in every step one fold judged and the others trained."
+        f"{format_number(candidate['validation_weight'])}; in every step one fold judged and the others trained, "
+        "so the number of validation examples named here is that of a fold."
         for record in result["records"]
         for candidate in record["candidates"]
         if candidate.get("validation_weight") is not None
@@ -387,7 +388,8 @@ def _describe_pooling(pooling: JsonObject | None) -> str:
     return (
         " The steps are pooled: of what examples of like losses share, other halves of validation and another order of "
         f"the data would give {shared[0]} again in the first step and {shared[1]} in the last; of the examples' own "
-        f"parts {own[0]} and {own[1]} (1: all of it)."
+        f"parts {own[0]} and {own[1]} (1: all of it). In the first step no other order is known, so own parts do not "
+        "count yet; once an earlier round was accepted, the model follows both halves, which then agree too readily."
     )
 
 

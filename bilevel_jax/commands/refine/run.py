@@ -185,7 +185,8 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> TextTask:
     if trains_generator(config):
         check_round_fits(config, len(task.trainable_indices()))
     if weighs_by_scores(config):
-        responded = longest if config.refine.questions != "none" else 0
+        trained = [len(prompt.tokens) for prompt in questions[: len(task.trainable_indices())]]
+        responded = max(trained) + config.generate.max_new_tokens if config.refine.questions != "none" else 0
         check_scores(config, task, max(responded, int(task.corpus.lengths[task.trainable_indices()].max())))
     places = -(-(longest - 1) // 8) * 8 if config.refine.questions != "none" else 0
     task = candidates.attach_compiled_functions(config, task)
@@ -625,13 +626,10 @@ def verify_greedy_answers(context: RefineContext, params: Params) -> Float[np.nd
     generate = make_generator_factory(greedy, task.decoder, task.tokenizer, task.mesh, context.session)(
         assemble_params(params, task.base_params)
     )
-    assert context.verifier is not None
-    return np.array(
-        [
-            context.verifier(example, draws[0].text)
-            for example, draws in zip(test_examples, generate(test_prompts, [0]), strict=True)
-        ]
-    )
+    verifier, answers = context.verifier, [draws[0].text for draws in generate(test_prompts, [0])]
+    assert verifier is not None
+    scores = lambda: np.array([verifier(*pair) for pair in zip(test_examples, answers, strict=True)])  # noqa: E731
+    return distributed.compute_on_first_process(scores, np.zeros(len(answers)))
 
 
 LOGGED_KEYS = (

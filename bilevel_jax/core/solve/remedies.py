@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from bilevel_jax.core.types import Params, PyTree
+from bilevel_jax.core.types import PyTree
 
 EPS_ROOT = "1e-12"
 ADAM_KIN = {
@@ -71,11 +71,11 @@ SIGN_REMEDY = (
 )
 
 
-def remedy_for_not_finite(grad_bar: Params, opt_state: PyTree, is_finite: list[bool]) -> str:
+def remedy_for_not_finite(is_grad_finite: PyTree, opt_state: PyTree, is_finite: list[bool]) -> str:
     """What has no finite derivative in an optimizer, and what helps.
 
-    `grad_bar` is a vector pulled back to the gradient; `is_finite` says of each inexact leaf of the optimizer's state,
-    in leaf order, whether its part of the vector is finite.
+    `is_grad_finite` says of each leaf of a vector that was pulled back to the gradient whether it is finite;
+    `is_finite` of each inexact leaf of the optimizer's state, in leaf order, whether its part of the vector is.
     """
     leaves = [
         path for path, leaf in _leaves_with_states(opt_state) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
@@ -88,8 +88,8 @@ def remedy_for_not_finite(grad_bar: Params, opt_state: PyTree, is_finite: list[b
     text = " ".join(sorted(remedies)) or NORM_REMEDY
     places = [
         jax.tree_util.keystr(path)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(grad_bar)
-        if not bool(jnp.isfinite(leaf).all())
+        for path, is_leaf_finite in jax.tree_util.tree_leaves_with_path(is_grad_finite)
+        if not bool(is_leaf_finite)
     ]
     of = f" for the parameters{', '.join(places[:3])}{' and others' if len(places) > 3 else ''}" if any(places) else ""
     return f"{of}: {text}"

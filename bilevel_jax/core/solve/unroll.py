@@ -21,7 +21,15 @@ from bilevel_jax.core.solve.arrays import (
 )
 from bilevel_jax.core.solve.interface import Method, build_solver
 from bilevel_jax.core.solve.solution import BilevelSolver, Solution, Status, first_status
-from bilevel_jax.core.training import Devices, ProductPrecision, init_train_state, step_functions, train, train_step
+from bilevel_jax.core.training import (
+    Devices,
+    ProductPrecision,
+    check_product_precision,
+    init_train_state,
+    step_functions,
+    train,
+    train_step,
+)
 from bilevel_jax.core.types import (
     Adjoint,
     CheckpointPlan,
@@ -98,7 +106,7 @@ def unroll(
         throw=False or inside a transformation, where the status is in the result.
 
     Raises:
-        ValueError: if a number of steps, of examples or of states is not positive.
+        ValueError: if a number of steps, of examples or of states is not positive, or for another product_precision.
 
     Example:
         >>> problem = bj.weighted(lambda theta, frozen, batch: 0.5 * (theta - batch["data"]) ** 2)
@@ -122,6 +130,7 @@ def unroll(
         {'learning_rate': -27.82, 'momentum': -2.14}
     """
     check_counts(steps=steps, batch_size=batch_size, window=window)
+    check_product_precision(product_precision)
     window = steps if window is None else min(window, steps)
     lengths = _plan_segments(window, memory)
     devices = Devices(axis_name)

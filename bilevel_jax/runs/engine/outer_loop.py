@@ -248,7 +248,7 @@ class OuterLoop:
             session.print_line(fallback)
         self._step_pooling: StepPooling | None = None
         if pools_steps(task, outer):
-            self.state = self.state._replace(pooling=empty_pooling_state(task.num_examples, losses))
+            self.state = self.state._replace(pooling=empty_pooling_state(task.mesh, task.num_examples, losses))
             halves = trainer.draw_halves("validation", data.seed)
             self._step_pooling = StepPooling(task, session, halves, estimate=outer.estimate, train_seed=train_seed)
         self.records: OuterRecords = []

@@ -15,6 +15,7 @@ from bilevel_jax.runs.evaluation.metrics import PairOutcomes
 from bilevel_jax.runs.evaluation.models import Candidate, EvaluatingConfig
 from bilevel_jax.runs.evaluation.questions import Question, leave_out_long, load_questions
 from bilevel_jax.runs.evaluation.refusals import is_refusal
+from bilevel_jax.runs.infra import distributed
 from bilevel_jax.runs.scoring.verifiers import Verifier, make_verifier
 
 AnswerValues = Float[np.ndarray, "questions draws"]
@@ -157,11 +158,15 @@ def _map_answers(
 def _verify_answers(
     config: EvaluatingConfig, questions: Sequence[Question], model: ModelAnswers, verifier: Verifier
 ) -> AnswerValues:
-    return _map_answers(
-        questions,
-        model,
-        lambda question, text: verifier(question.example, text) if _has_answer(config, question) else math.nan,
-    )
+    def verify() -> AnswerValues:
+        return _map_answers(
+            questions,
+            model,
+            lambda question, text: verifier(question.example, text) if _has_answer(config, question) else math.nan,
+        )
+
+    like = np.zeros((len(model.texts), len(model.texts[0]) if model.texts else 0))
+    return distributed.compute_on_first_process(verify, like)
 
 
 def _refused_by_service(model: ModelAnswers) -> AnswerValues:

@@ -151,13 +151,14 @@ def fetch_to_host(array: Any) -> np.ndarray:
 def fetch_from_first(array: Any) -> np.ndarray:
     """As `fetch_to_host`, with the numbers of the first process in every process: for what all must decide alike.
 
-    Copies of one array in two processes may differ by rounding, where a device adds in an order of its own.
+    Copies of one array in two processes may differ by rounding, where a device adds in an order of its own. Shape and
+    type must be the same in all.
     """
     host_array = fetch_to_host(array)
     if _on_first_process_only or not is_multiprocess():
         return host_array
     sent = multihost_utils.broadcast_one_to_all(np.frombuffer(host_array.tobytes(), np.uint8))
-    return np.frombuffer(np.asarray(sent).tobytes(), host_array.dtype).reshape(host_array.shape)
+    return np.frombuffer(np.asarray(sent).tobytes(), host_array.dtype).reshape(host_array.shape).copy()
 
 
 def allgather_values(values: list[int]) -> np.ndarray:
@@ -198,6 +199,12 @@ def run_on_first_process(work: Callable[[], ResultT]) -> ResultT | None:
     if message:
         raise RuntimeError(f"the first process stopped: {message}")
     return result
+
+
+def compute_on_first_process(work: Callable[[], np.ndarray], like: np.ndarray) -> np.ndarray:
+    """What the first process computes, in every process; `like` is an array of its shape and type."""
+    computed = run_on_first_process(work)
+    return fetch_from_first(like if computed is None else np.asarray(computed, like.dtype))
 
 
 def wait_for_all_processes() -> None:

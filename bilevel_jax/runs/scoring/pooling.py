@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from bilevel_jax.core.weightings import (
@@ -18,7 +19,7 @@ from bilevel_jax.core.weightings import (
 )
 from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.config.schema import OuterSection
-from bilevel_jax.runs.infra.distributed import fetch_to_host
+from bilevel_jax.runs.infra.distributed import fetch_from_first
 from bilevel_jax.runs.infra.placement import replicate
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.scores import example_losses, steps_per_epoch, train_side_model
@@ -130,7 +131,7 @@ class StepPooling:
             state = state._replace(losses=losses)
         if self._features is None:
             features = make_pooling_features(
-                fetch_to_host(uniform_losses), state.losses, len(hyper_grad), self.multiplicity
+                fetch_from_first(uniform_losses), state.losses, len(hyper_grad), self.multiplicity
             )
             self._features = replicate(self.task.mesh, features)
         factors = np.array([self.halves.max(), self.halves.min()], hyper_grad.dtype)
@@ -142,7 +143,7 @@ class StepPooling:
         reliability = last or PartReliability(0.0, 0.0)
         if difference is not None:
             measured = measure_part_reliability(parts, state.earlier) if last else measure_first_reliability(parts)
-            reliability = PartReliability(*map(float, measured))
+            reliability = PartReliability(*fetch_from_first(jnp.stack(measured)).tolist())
             state = state._replace(earlier=replicate(self.task.mesh, parts))
         relied_on = PartReliability(1.0, 0.0) if self.estimate == "pooled" else reliability
         direction = pool_contributions(parts, relied_on)
@@ -151,10 +152,10 @@ class StepPooling:
         return direction, reliability, state
 
 
-def empty_pooling_state(num_examples: int, table: Float[Array, "table"]) -> PoolingState:
-    """The state before the first step, shaped as all later ones."""
+def empty_pooling_state(mesh: Mesh, num_examples: int, table: Float[Array, "table"]) -> PoolingState:
+    """The state before the first step, shaped and placed as all later ones: a checkpoint is restored to its places."""
     unknown, halves = np.zeros(num_examples), jnp.zeros((2, *table.shape), table.dtype)
-    return PoolingState(ValidationModelLosses(unknown, unknown, unknown), Parts(halves, halves, table))
+    return PoolingState(ValidationModelLosses(unknown, unknown, unknown), replicate(mesh, Parts(halves, halves, table)))
 
 
 @jax.jit
@@ -196,7 +197,7 @@ def measure_validation_model_losses(
         params = train_side_model(
             task, f"validation_{name}", indices, seed=train_seed, steps=task.num_steps, session=session
         )
-        losses[name] = example_losses(task, params)
+        losses[name] = fetch_from_first(example_losses(task, params))
     return ValidationModelLosses(**losses)
 
 

@@ -14,8 +14,18 @@ from bilevel_jax.runs.config.load import CompareConfig, load_config
 from bilevel_jax.runs.config.schema import OuterSection, RaterSection, ScoresSection
 from bilevel_jax.runs.engine.outer_loop import OuterLoop
 from bilevel_jax.runs.engine.trainer import EXTRA_LOSS_WORK, Trainer
+from bilevel_jax.runs.infra import checkpoint
+from bilevel_jax.runs.infra.placement import make_mesh, place_table, replicate
 from bilevel_jax.runs.infra.session import Interrupted, open_session
-from bilevel_jax.runs.scoring.pooling import count_validation_models_work, why_not_pooled
+from bilevel_jax.runs.scoring.pooling import (
+    ValidationModelLosses,
+    count_validation_models_work,
+    empty_pooling_state,
+    make_pooling_features,
+    measure_part_reliability,
+    split_halves,
+    why_not_pooled,
+)
 from bilevel_jax.runs.scoring.scores import example_losses
 from tests.runs import blobs
 
@@ -165,3 +175,16 @@ def test_pooled_with_too_few_validation_examples_is_refused(config, tmp_path, ca
     flags = ["--compare.methods", "pooled", "--arrays.validation-examples", "3", "--out", str(tmp_path / "run")]
     assert main(["compare", str(config), *flags]) == 1
     assert "it has 3 examples; 4 or more are needed. Set outer.estimate to per_example" in capsys.readouterr().err
+
+
+def test_what_is_restored_lies_where_the_steps_are(tmp_path, eight_devices):
+    """A run on several devices goes on: the halves of before are compared with new ones on the same devices."""
+    mesh = make_mesh(8, 1)
+    table = place_table(mesh, np.arange(6.0, dtype=np.float32))
+    state = empty_pooling_state(mesh, 6, table)
+    checkpoint.save_checkpoint(tmp_path / "state", 0, state, {})
+    restored = checkpoint.restore_checkpoint(tmp_path / "state", empty_pooling_state(mesh, 6, table)).tree
+    features = replicate(mesh, make_pooling_features(np.arange(6.0), ValidationModelLosses(*np.ones((3, 6))), 6))
+    parts = split_halves(features, np.array([1.0, -1.0], np.float32), table, table)
+    shared, own = measure_part_reliability(parts, restored.earlier)
+    assert np.isfinite([float(shared), float(own)]).all()

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from bilevel_jax.runs.config.load import CompareConfig
@@ -59,3 +60,18 @@ def test_texts_for_the_other_processes_fit(monkeypatch):
     assert 1900 < len(sent) <= distributed.MAX_ERROR_BYTES and json.loads(sent)[-1][0] in hosts
     monkeypatch.setattr(distributed.multihost_utils, "broadcast_one_to_all", lambda buffer: buffer)
     assert distributed._broadcast_text("no file \udcff.json") == "no file \\udcff.json"
+
+
+@pytest.mark.parametrize("own", [np.array([1.0, 2.0]), np.float32(3.0), np.zeros((0, 2)), np.array([[True], [False]])])
+def test_numbers_that_decide_are_those_of_the_first_process(monkeypatch, own):
+    """As another process sees it: what the first one sent, in its shape and type, and to be written to."""
+    first = (np.asarray(own) + 1).astype(np.asarray(own).dtype)
+    assert np.array_equal(distributed.fetch_from_first(own), own)
+    monkeypatch.setattr(distributed, "is_multiprocess", lambda: True)
+    sent = np.frombuffer(first.tobytes(), np.uint8)
+    monkeypatch.setattr(distributed.multihost_utils, "broadcast_one_to_all", lambda buffer: sent)
+    received = distributed.fetch_from_first(own)
+    assert np.array_equal(received, first) and received.dtype == first.dtype and received.shape == first.shape
+    received[...] = 0
+    monkeypatch.setattr(distributed, "run_on_first_process", lambda work: None)  # it is not asked here
+    assert np.array_equal(distributed.compute_on_first_process(lambda: 1 / 0, np.asarray(own)), first)
