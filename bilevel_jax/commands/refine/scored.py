@@ -125,7 +125,8 @@ def rescore_responses(
 ) -> dict[str, Any] | None:
     """How the scores of a round's responses agree with those by the model that the round led to, `params`.
 
-    Of MAX_RESCORED responses at most, with the demonstrations that they had; None where the round has fewer than two.
+    Of MAX_RESCORED responses at most, with demonstrations chosen by the same rule: the same ones, but where that
+    reads the model or the round's rows (hidden, clustered). None where the round has fewer than two.
     """
     chosen = _choose_responses(config, round_task)
     if len(chosen) < 2:
