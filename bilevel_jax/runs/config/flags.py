@@ -30,7 +30,7 @@ COMMON_KEYS: dict[str, tuple[str, ...]] = {
     "outer": ("method", "weighting", "steps", "learning_rate"),
     "compare": ("methods", "baselines", "budget", "seeds"),
     "audit": ("estimators", "scores", "removed", "subsets", "extremes"),
-    "rater": ("features", "link"),
+    "rater": ("features",),
     "score": ("rater", "model", "features"),
     "rank": ("strategies", "metrics", "pick_by", "train_examples", "records", "least_wins", "largest_wins"),
     "candidates": ("strategies", "model"),
@@ -61,7 +61,7 @@ NOT_IN_OWN_EVALUATION = (
 """Those of a command that evaluates the models of its own run beside its main work, in the help of all keys alone."""
 
 NOT_IN_COMPARE = (
-    *NOT_IN_OWN_EVALUATION, "evaluate.metrics", "judge.url", "verifier.name", "rater.features", "rater.link",
+    *NOT_IN_OWN_EVALUATION, "evaluate.metrics", "judge.url", "verifier.name", "rater.features",
 )  # fmt: skip
 """Those that few runs of `compare` set."""
 
