@@ -253,10 +253,11 @@ def drift_table(result: JsonObject) -> Table:
     def correlations(key: str) -> list[Any]:
         return [format_correlation(one[key]) + f" ({one[key]['rows']:,})" if one[key] else MISSING for one in scores]
 
+    unit = "nats per token" if all(one["per_token"] for one in scores) else "nats"
     columns = [
         Column("round", [record["step"] for record in records]),
         Column("scored", [one["rows"] for one in scores], "rows"),
-        Column("median", [SignedNumber(one["median"]) for one in scores], "nats"),
+        Column("median", [SignedNumber(one["median"]) for one in scores], unit),
         Column("lower", [SignedNumber(one["lower"]) for one in scores], "quartile"),
         Column("upper", [SignedNumber(one["upper"]) for one in scores], "quartile"),
         Column("with the first round", correlations("first"), "Spearman (rows)", "tight"),

@@ -101,6 +101,7 @@ def describe_scores(
     here = dict(zip(ids, scores.values[offline].tolist(), strict=True))
     return {
         "rows": len(round_task.trained),
+        "per_token": config.scores.per_token,
         **dict(zip(("least", "lower", "median", "upper", "largest"), quantiles, strict=True)),
         "standard_error": None if errors is None else float(np.nanmedian(errors[round_task.trained])),
         "auc": None if np.isnan(area) else area,
