@@ -13,6 +13,7 @@ from bilevel_jax.commands.refine.rollouts import RoundTask
 from bilevel_jax.core.types import PyTree
 from bilevel_jax.runs.infra import checkpoint, run_dir
 from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.scoring.scores import STANDARD_ERROR_SUFFIX
 from bilevel_jax.runs.tasks.text import TextTask
 
 SCORE_COLUMN = "score"
@@ -72,10 +73,9 @@ def build_round_weights_table(
     judge: str | None,
     round_number: int,
     rewards: Float[np.ndarray, "responses"] | None = None,
-    scores: dict[str, Float[np.ndarray, "examples"]] | None = None,
 ) -> pa.Table:
-    """The examples of a round with their weights, and, where a generator is trained, the rewards of responses; `scores`
-    are further columns, where examples are scored."""
+    """The examples of a round with their weights, with their scores where they have some, and, where a generator is
+    trained, with the rewards of responses."""
     question_examples = [offline_task.examples[row] for row in round_task.question_rows]
     table = pa.table(
         {
@@ -90,8 +90,11 @@ def build_round_weights_table(
             "method": pa.array([judge] * len(weights), pa.string()),
         }
     )
-    for name, values in (scores or {}).items():
-        table = table.append_column(name, pa.array(values, from_pandas=True))  # nan: no score
+    if round_task.scores:
+        columns = {"": round_task.scores.values, STANDARD_ERROR_SUFFIX: round_task.scores.standard_errors}
+        for suffix, values in columns.items():
+            if values is not None:
+                table = table.append_column(SCORE_COLUMN + suffix, pa.array(values, from_pandas=True))  # nan: no score
     if rewards is None:
         return table
     by_row = [None if number < 0 else float(rewards[number]) for number in round_task.response_numbers]
@@ -134,7 +137,7 @@ def write_round_tables(session: Session, records: list[dict[str, Any]], config_h
         "reward": "of a generator's response: minus the derivative of L_v by its weight at weight 1, over base",
         SCORE_COLUMN: "of refine.methods = ica: log p(response) with demonstrations minus without, nats "
         "(per token with scores.per_token)",
-        f"{SCORE_COLUMN}_standard_error": "of score, over sets of demonstrations (scores.demonstration_sets)",
+        SCORE_COLUMN + STANDARD_ERROR_SUFFIX: "of score, over sets of demonstrations (scores.demonstration_sets)",
         "config_hash": config_hash,
     }
     table = pa.concat_tables(weights).replace_schema_metadata({key: text.encode() for key, text in meaning.items()})

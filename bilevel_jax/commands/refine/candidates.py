@@ -243,7 +243,7 @@ def train_scored_candidate(
     """Plain training with the weights that the scores of the round give (`scores_to_weights`); these are made before
     it, and stay."""
     assert round_task.scores is not None  # the round has made them
-    weights = scores_to_weights(config.weights, round_task, round_task.scores)
+    weights = scores_to_weights(config.weights, round_task, round_task.scores.values)
     return Candidate(train_once(config, round_task, weights, session, round_number), weights)
 
 

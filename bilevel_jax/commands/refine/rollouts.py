@@ -1,7 +1,7 @@
 """Rollouts of a `refine` round and the training task they make."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +43,17 @@ class Rollouts(NamedTuple):
         return np.repeat(self.questions, self.num_generations)
 
 
+class RoundScores(NamedTuple):
+    """The scores of some rows by the model that training starts from."""
+
+    values: Float[np.ndarray, "examples"]
+    """Larger is better; nan where there is none."""
+    standard_errors: Float[np.ndarray, "examples"] | None
+    """Over several sets of demonstrations; None for one set."""
+    facts: dict[str, Any]
+    """`work` and `seconds` of the scoring, and `notes` on it."""
+
+
 class RoundTask(NamedTuple):
     """The task of a round, and where its rows come from."""
 
@@ -55,8 +66,8 @@ class RoundTask(NamedTuple):
     """How much each row counts before any weight; mean 1."""
     is_fitted: bool = False
     """Whether validation had a say before the round: in the model that answers and is trained, or in its questions."""
-    scores: Float[np.ndarray, "examples"] | None = None
-    """Of every row by the model that training starts from, where a candidate is weighted by scores."""
+    scores: RoundScores | None = None
+    """Of every row, where a candidate is weighted by scores."""
 
     @property
     def trained(self) -> Int[np.ndarray, "trained"]:

@@ -39,7 +39,6 @@ from bilevel_jax.commands.refine.rollouts import (
     mean_verifier_score,
 )
 from bilevel_jax.commands.refine.scored import (
-    RoundScores,
     check_scores,
     count_scoring_work,
     describe_scores,
@@ -70,7 +69,6 @@ from bilevel_jax.runs.scoring.generation import make_generator_factory, make_tas
 from bilevel_jax.runs.scoring.likelihoods import count_ica_work, fingerprint_params
 from bilevel_jax.runs.scoring.online import fill_missing_scores
 from bilevel_jax.runs.scoring.pooling import describe_fallback, pools_steps
-from bilevel_jax.runs.scoring.scores import STANDARD_ERROR_SUFFIX
 from bilevel_jax.runs.scoring.verifiers import Verifier
 from bilevel_jax.runs.stats import bootstrap_paired_gain
 from bilevel_jax.runs.tasks import splits
@@ -317,14 +315,13 @@ def count_rounds_work(config: RefineConfig, task: TextTask) -> float:
         )
         return candidate_work + count_reinforce_work(config, len(task.trainable_indices()), sizes, is_fitted=is_fitted)
 
-    work = count_round(is_fitted=follows_validation(config, [])) + (config.refine.rounds - 1) * count_round(
-        is_fitted=True
-    )
+    later = (config.refine.rounds - 1) * count_round(is_fitted=True)
+    work = count_round(is_fitted=follows_validation(config, [])) + later
     if weighs_by_scores(config):
         work += config.refine.rounds * count_scoring_work(config, task)
-    return work + (
-        count_ica_work(config.scores, task, len(task.trainable_indices())) if starts_by_scores(config) else 0
-    )
+    if starts_by_scores(config):
+        work += count_ica_work(config.scores, task, len(task.trainable_indices()))
+    return work
 
 
 def run_round(
@@ -363,18 +360,16 @@ def run_round(
         task=round_task.task._replace(init_params=lambda seed: start_params), is_fitted=is_fitted
     )
 
-    scores = None
     if weighs_by_scores(config):
         session.set_phase(f"round {number}: scores")
-        scores = score_rows(config, round_task.task, start_params, session, number)
-        round_task = round_task._replace(scores=scores.values)
+        round_task = round_task._replace(scores=score_rows(config, round_task.task, start_params, session, number))
     reinforced = None
     if context.generator and state.generator:
         reinforced = reinforce_round(
             config, context.generator, state.generator, round_task, round_rollouts, start_params, session, number
         )
     present = compute_dev_losses(offline_task, state.params)
-    trained = train_candidates(context, round_task, sampler_params, number, reinforced, scores)
+    trained = train_candidates(context, round_task, sampler_params, number, reinforced)
     best, *others = sorted(trained.models, key=lambda name: trained.dev_losses[name].mean())
     gain, bound = bootstrap_paired_gain(
         present,
@@ -395,14 +390,11 @@ def run_round(
             judge,
             number,
             reinforced.rewards.responses if reinforced else None,
-            _score_columns(scores) if scores else None,
         ),
     )
-    score_record = describe_scores(config, round_task, scores, session, number) if scores else None
-    if scores and score_record and accepted and config.refine.start_from == "accepted":
-        score_record["responses"] = rescore_responses(
-            config, round_task, scores, trained.models[best].params, session, number
-        )
+    score_record = describe_scores(config, round_task, session, number) if round_task.scores else None
+    if score_record and accepted and config.refine.start_from == "accepted":
+        score_record["responses"] = rescore_responses(config, round_task, trained.models[best].params, session, number)
     record = {
         "step": number,
         "model": model_fingerprint,
@@ -471,7 +463,6 @@ def train_candidates(
     sampler_params: Params,
     number: int,
     reinforced: ReinforcedRound | None = None,
-    scores: RoundScores | None = None,
 ) -> TrainedCandidates:
     """Train the candidate of every method in refine.methods but that which gave the rewards, and evaluate it on dev.
 
@@ -484,8 +475,9 @@ def train_candidates(
             candidate, measured = reinforced.student, reinforced.rewards.cost
         else:
             candidate, measured = train_candidate(context, round_task, sampler_params, number, name)
-        if scores and name == "ica":
-            measured |= {key: measured[key] + scores.facts[key] for key in ("work", "seconds")}
+        if round_task.scores and name == "ica":
+            facts = round_task.scores.facts
+            measured |= {key: measured[key] + facts[key] for key in ("work", "seconds")}
         dev_losses = compute_dev_losses(context.task, candidate.params)
         trained.models[name], trained.dev_losses[name] = candidate, dev_losses
         trained.records.append({"name": name, "dev": float(dev_losses.mean()), **measured})
@@ -519,13 +511,6 @@ def starts_by_scores(config: RefineConfig) -> bool:
     """Whether the first questions are those of the least scores."""
     weighing = {*WEIGHT_LEARNING_METHODS} & {*config.refine.methods}
     return config.refine.questions == "dynamic" and weighing == {"ica"}
-
-
-def _score_columns(scores: RoundScores) -> dict[str, Float[np.ndarray, "examples"]]:
-    columns = {artifacts.SCORE_COLUMN: scores.values}
-    if scores.standard_errors is not None:
-        columns[artifacts.SCORE_COLUMN + STANDARD_ERROR_SUFFIX] = scores.standard_errors
-    return columns
 
 
 def train_candidate(

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from bilevel_jax.commands.refine.artifacts import read_round_scores, run_saved_job
-from bilevel_jax.commands.refine.rollouts import RoundTask, count_questions, count_round_rows
+from bilevel_jax.commands.refine.rollouts import RoundScores, RoundTask, count_questions, count_round_rows
 from bilevel_jax.core.types import Params
 from bilevel_jax.runs.config.load import RefineConfig
 from bilevel_jax.runs.config.schema import ScoreWeightsSection
@@ -28,17 +28,6 @@ from bilevel_jax.scores.requests import take_examples
 SCORE = "ica"
 MAX_RESCORED = 200
 """Responses that the next model scores once more after a round that was accepted, at most."""
-
-
-class RoundScores(NamedTuple):
-    """The scores of some rows by the model that training starts from."""
-
-    values: Float[np.ndarray, "examples"]
-    """Larger is better; nan where there is none."""
-    standard_errors: Float[np.ndarray, "examples"] | None
-    """Over several sets of demonstrations; None for one set."""
-    facts: dict[str, Any]
-    """`work` and `seconds` of the scoring, and `notes` on it."""
 
 
 def score_rows(
@@ -84,14 +73,14 @@ def scores_to_weights(
 # ---- drift
 
 
-def describe_scores(
-    config: RefineConfig, round_task: RoundTask, scores: RoundScores, session: Session, number: int
-) -> dict[str, Any]:
+def describe_scores(config: RefineConfig, round_task: RoundTask, session: Session, number: int) -> dict[str, Any]:
     """What the record of a round says of its scores: quartiles, their AUC against the labels, and their drift.
 
     The drift is Spearman's rank correlation with the scores of the first round and of the round before, over the
     offline rows that both rounds have.
     """
+    scores = round_task.scores
+    assert scores is not None
     offline = np.flatnonzero(round_task.response_numbers < 0)
     quantiles = np.nanquantile(scores.values[round_task.trained], [0, 0.25, 0.5, 0.75, 1]).tolist()
     labels = read_labels(round_task.task, config.data)
@@ -122,14 +111,15 @@ def correlate_scores(before: dict[str, float], now: dict[str, float]) -> dict[st
 
 
 def rescore_responses(
-    config: RefineConfig, round_task: RoundTask, scores: RoundScores, params: Params, session: Session, number: int
+    config: RefineConfig, round_task: RoundTask, params: Params, session: Session, number: int
 ) -> dict[str, Any] | None:
     """How the scores of a round's responses agree with those by the model that the round led to, `params`.
 
     Of MAX_RESCORED responses at most, with demonstrations chosen by the same rule: the same ones, but where that
     reads the model or the round's rows (hidden, clustered). None where the round has fewer than two.
     """
-    chosen = _choose_responses(config, round_task)
+    scores, chosen = round_task.scores, _choose_responses(config, round_task)
+    assert scores is not None
     if len(chosen) < 2:
         return None
 
