@@ -149,11 +149,11 @@ def test_an_example_contradicts_where_its_gain_is_clearly_below_0(made):
     assert np.allclose(measured.standard_errors, np.sqrt((variances + 0.015) / 4))
     assert measured.contradicts.tolist() == [False, False, True]
     config = config_of(made, *DROPPED)
-    assert summarize_contradictions(measured, config, "nats")["is_dropped"]
+    assert summarize_contradictions(measured, config)["is_dropped"]
     folds = config_of(made, *DROPPED, "--outer.validation-folds", "3")
-    kept = summarize_contradictions(measured, folds, "nats")
+    kept = summarize_contradictions(measured, folds)
     assert not kept["is_dropped"] and "not dropped: that would leave 2, and the run needs 3 or more" in kept["sentence"]
-    bad = summarize_contradictions(Contradictions(measured.places, gains - 1), config, "nats")
+    bad = summarize_contradictions(Contradictions(measured.places, gains - 1), config)
     assert bad["contradicting"] == 3 and not bad["is_dropped"]
     assert "That is more than 30%: read them" in bad["sentence"]
 

@@ -69,7 +69,7 @@ def apply_contradictions(task: TextTask, config: SelectConfig, session: Session)
     """Measure, write down what contradicts, and drop it if that is asked for: the task to go on with, and what
     result.json holds."""
     contradictions = measure_contradictions(task, config, Trainer(task, config.outer, session), session)
-    summary = summarize_contradictions(contradictions, config, task.outer_objective.unit)
+    summary = summarize_contradictions(contradictions, config)
     session.print_line(summary["sentence"])
     write_contradictions(session.folder, task, contradictions, config)
     if summary["is_dropped"]:
@@ -107,7 +107,7 @@ def divide_validation(num_judges: int, num_folds: int, seed: tuple[int, int]) ->
     return np.random.default_rng((data_seed, 23, draw)).permutation(num_judges) % num_folds
 
 
-def summarize_contradictions(contradictions: Contradictions, config: SelectConfig, unit: str) -> dict[str, Any]:
+def summarize_contradictions(contradictions: Contradictions, config: SelectConfig) -> dict[str, Any]:
     """What result.json holds; the examples stand in validation.parquet."""
     count, total = int(contradictions.contradicts.sum()), len(contradictions.places)
     by_chance = total * 0.05
@@ -133,7 +133,6 @@ def summarize_contradictions(contradictions: Contradictions, config: SelectConfi
         "is_dropped": is_dropped,
         "standard_error": float(contradictions.standard_errors.mean()),
         "sentence": sentence,
-        "unit": unit,
     }
 
 
