@@ -6,9 +6,11 @@ import signal
 import jax
 import pytest
 
+from bilevel_jax.commands.refine import run as refine_run
 from bilevel_jax.lm import models
 from bilevel_jax.lm.builtin import cipher
 from bilevel_jax.lm.data.tokens import load_tokenizer
+from bilevel_jax.lm.losses import sft
 from bilevel_jax.runs.infra.session import Session
 
 SELECT = """
@@ -105,6 +107,27 @@ def stop_at(monkeypatch):
     """count -> from now on, SIGTERM at the count-th piece of work that a run counts, and at no other."""
 
     return lambda count: stop_session_at(monkeypatch, count)
+
+
+def count_traces_by_round(run):
+    """What a run of `refine` returns, and how often the model had been traced after each of its rounds."""
+    traced, counts = [], []
+    hidden, one_round = sft._hidden_states, refine_run.run_round
+
+    def counted(*args):
+        traced.append(1)
+        return hidden(*args)
+
+    def round_(*args, **named):
+        made = one_round(*args, **named)
+        counts.append(len(traced))
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "_hidden_states", counted)
+        patch.setattr(refine_run, "run_round", round_)
+        result = run()
+    return result, counts
 
 
 def stop_session_at(patch, count):

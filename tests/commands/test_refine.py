@@ -1,7 +1,6 @@
 """The command `refine`: what a round is made of, what it writes, that it stops and goes on, what it refuses."""
 
 import json
-import sys
 from dataclasses import replace
 
 import jax
@@ -28,7 +27,6 @@ from bilevel_jax.commands.refine.run import (
     make_generator_factory,
     prepare_refine_task,
     refine,
-    run_round,
 )
 from bilevel_jax.core import certify
 from bilevel_jax.lm import models
@@ -39,7 +37,7 @@ from bilevel_jax.runs.infra import session
 from bilevel_jax.runs.scoring.likelihoods import fingerprint_params
 from bilevel_jax.runs.stats import bootstrap_paired_gain
 from tests.commands.typed_results import check_columns
-from tests.tiny_task import stop_session_at
+from tests.tiny_task import count_traces_by_round, stop_session_at
 
 
 @pytest.fixture(scope="module")
@@ -54,22 +52,8 @@ def run(config, out, *flags):
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
     """One uninterrupted run: (its folder, its result, how often the model had been traced after each round)."""
-    out, traced, counts = tmp_path_factory.mktemp("refine") / "run", [], []
-    hidden, one_round = sft._hidden_states, run_round
-
-    def counted(*args):
-        traced.append(1)
-        return hidden(*args)
-
-    def round_(*args, **named):
-        made = one_round(*args, **named)
-        counts.append(len(traced))
-        return made
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft, "_hidden_states", counted)
-        patch.setattr(sys.modules["bilevel_jax.commands.refine.run"], "run_round", round_)
-        result = run(config, out)
+    out = tmp_path_factory.mktemp("refine") / "run"
+    result, counts = count_traces_by_round(lambda: run(config, out))
     return out, result, counts
 
 

@@ -1,7 +1,6 @@
 """`refine` with a generator that is trained: rewards, advantages, what a run writes, that it stops and goes on."""
 
 import json
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ from bilevel_jax.commands.refine.advantages import compute_advantages, share_rew
 from bilevel_jax.commands.refine.generator import check_same_tokens, prepare_generator, update_generator
 from bilevel_jax.commands.refine.rewards import Rewards, _differentiate, check_responses, compute_rewards
 from bilevel_jax.commands.refine.rollouts import build_round_task, choose_questions, collect_rollouts
-from bilevel_jax.commands.refine.run import count_rounds_work, prepare_refine_task, refine, run_round
+from bilevel_jax.commands.refine.run import count_rounds_work, prepare_refine_task, refine
 from bilevel_jax.commands.refine.text_statistics import (
     describe_degeneration,
     describe_overfitting,
@@ -32,7 +31,7 @@ from bilevel_jax.runs.infra import session
 from bilevel_jax.runs.scoring.generation import make_generator_factory
 from bilevel_jax.runs.scoring.likelihoods import fingerprint_params
 from tests.commands.typed_results import check_columns
-from tests.tiny_task import stop_session_at
+from tests.tiny_task import count_traces_by_round, stop_session_at
 
 REINFORCE = {
     "--refine.generator": "reinforce", "--refine.methods": "uniform", "--refine.ratio": "none",
@@ -53,22 +52,9 @@ def load(made, *flags):
 @pytest.fixture(scope="module")
 def whole(made, tmp_path_factory):
     """One uninterrupted run: (its folder, its result, how often the model had been traced after each round)."""
-    out, traced, counts = tmp_path_factory.mktemp("reinforce") / "run", [], []
-    hidden, one_round = sft._hidden_states, run_round
-
-    def counted(*args):
-        traced.append(1)
-        return hidden(*args)
-
-    def round_(*args, **named):
-        value = one_round(*args, **named)
-        counts.append(len(traced))
-        return value
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft, "_hidden_states", counted)
-        patch.setattr(sys.modules["bilevel_jax.commands.refine.run"], "run_round", round_)
-        result = refine(load(made, "--out", str(out), "--refine.rounds", "3", "--refine.start-from", "last"))
+    out = tmp_path_factory.mktemp("reinforce") / "run"
+    config = load(made, "--out", str(out), "--refine.rounds", "3", "--refine.start-from", "last")
+    result, counts = count_traces_by_round(lambda: refine(config))
     return out, result, counts
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -12,9 +11,8 @@ import pytest
 from bilevel_jax.commands.refine import report
 from bilevel_jax.commands.refine.candidates import make_candidate_trainers
 from bilevel_jax.commands.refine.rollouts import build_round_task, collect_rollouts
-from bilevel_jax.commands.refine.run import count_rounds_work, prepare_refine_task, refine, run_round
+from bilevel_jax.commands.refine.run import count_rounds_work, prepare_refine_task, refine
 from bilevel_jax.core.weightings import PartReliability
-from bilevel_jax.lm.losses import sft
 from bilevel_jax.runs.config.load import RefineConfig, load_config
 from bilevel_jax.runs.config.schema import ScoresSection
 from bilevel_jax.runs.engine.outer_loop import OuterLoop
@@ -23,6 +21,7 @@ from bilevel_jax.runs.infra.session import Interrupted, open_session
 from bilevel_jax.runs.report.numbers import format_number
 from bilevel_jax.runs.scoring.pooling import PoolingState, StepPooling, ValidationModelLosses, empty_pooling_state
 from tests.commands.test_refine import same
+from tests.tiny_task import count_traces_by_round
 
 AUTO = ("--outer.estimate", "auto", "--outer.reliability-every", "1", "--refine.methods", "unrolled")
 NO_RESPONSES = ("--refine.questions", "none", "--refine.ratio", "none")
@@ -45,22 +44,8 @@ def opened(folder):
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
     """One uninterrupted run: (its folder, its result, how often the model had been traced after each round)."""
-    out, traced, counts = tmp_path_factory.mktemp("pooled") / "run", [], []
-    hidden, one_round = sft._hidden_states, run_round
-
-    def counted(*args):
-        traced.append(1)
-        return hidden(*args)
-
-    def round_(*args, **named):
-        made = one_round(*args, **named)
-        counts.append(len(traced))
-        return made
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft, "_hidden_states", counted)
-        patch.setattr(sys.modules["bilevel_jax.commands.refine.run"], "run_round", round_)
-        result = run(config, out)
+    out = tmp_path_factory.mktemp("pooled") / "run"
+    result, counts = count_traces_by_round(lambda: run(config, out))
     return out, result, counts
 
 
