@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -173,6 +173,17 @@ def train_step(
     forward, backward, linearize, vjp_step = map(jax.jit, functions)
     gather, scatter_add = jax.jit(problem.gather), jax.jit(problem.scatter_add, donate_argnums=0)
     return TrainStep(forward, backward, gather, scatter_add, linearize, vjp_step)
+
+
+@lru_cache(maxsize=8)
+def with_product_precision(
+    step: TrainStep, problem: Problem, optimizer: optax.GradientTransformation, precision: ProductPrecision
+) -> TrainStep:
+    """A step whose `backward` has products of another precision; the rest, compiled or not, is that of `step`. A memo,
+    so that the passes of several trainers compile it once."""
+    if precision == "highest":
+        return step
+    return step._replace(backward=jax.jit(step_functions(problem, optimizer, product_precision=precision)[1]))
 
 
 def check_product_precision(precision: str) -> None:

@@ -188,6 +188,8 @@ class Checks(NamedTuple):
     """Curvature batches that were used."""
     resolution: float | Scalar = float("nan")
     """Norm of the hypergradient over the rounding error of its sum over steps; at or below 1 it is noise."""
+    product_error: float | Scalar = float("nan")
+    """|h - h*| / |h*|, where the matrix products of the steps back to h* have the highest precision."""
 
 
 class Estimate(NamedTuple):

@@ -8,6 +8,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from bilevel_jax.core import tree
+from bilevel_jax.core.certify import check
 from bilevel_jax.core.problem import problem as global_problem
 from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.solve.unroll import unroll
@@ -19,7 +20,7 @@ from bilevel_jax.core.training import (
     train_step,
 )
 from bilevel_jax.core.types import Adjoint, Stream
-from bilevel_jax.core.unrolled import unrolled_estimator
+from bilevel_jax.core.unrolled import backward_pass_of_each, unrolled_estimator
 from tests.simulated_precision import simulated_precision
 
 STEPS = 12
@@ -46,17 +47,28 @@ def start(dtype):
     return {name: jnp.asarray(random.normal(size=shape) / 4, dtype) for name, shape in shapes.items()}
 
 
-def trained(precision, dtype=jnp.float32):
+def divide(stream, micro):
+    """The batches of a stream in several micro-batches."""
+
+    def batch_at(index):
+        batch = stream.batch(index)
+        count = {"num_examples": jnp.repeat(batch.pop("num_examples"), micro)}
+        return jax.tree.map(lambda leaf: leaf.reshape(micro, -1, *leaf.shape[2:]), batch) | count
+
+    return Stream(batch_at, stream.steps)
+
+
+def trained(precision, dtype=jnp.float32, micro=1):
     """(the step, the run, its stream, the validation stream, the weights)"""
     step = train_step(PROBLEM, ADAM, product_precision=precision)
-    stream = shuffled_stream(data(24, 0, dtype), 6, steps=STEPS, seed=0)
+    stream = divide(shuffled_stream(data(24, 0, dtype), 6, steps=STEPS, seed=0), micro)
     weights = jnp.ones(24, dtype)
     run = train(step, init_train_state(ADAM, start(dtype)), weights, (), stream)
     return step, run, stream, full_batch_stream(data(10, 1, dtype)), weights
 
 
-def hypergradients(precision, dtype=jnp.float32):
-    step, run, stream, validation, weights = trained(precision, dtype)
+def hypergradients(precision, dtype=jnp.float32, micro=1):
+    step, run, stream, validation, weights = trained(precision, dtype, micro)
     return unrolled_estimator(PROBLEM, step)(run, weights, (), stream, validation).grad, run.end.params
 
 
@@ -165,6 +177,35 @@ def test_a_model_with_a_state_has_them_too():
     after = Adjoint(state.params, tree.inexact_leaves(state.opt_state), (state.model_state,))
     assert set(products(forward, state, weight, (), batch)) == {"HIGHEST"}
     assert set(products(backward, state, state.params, weight, (), batch, after)) == {"DEFAULT"}
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_the_last_of_several_losses_can_go_back_at_another_precision(micro):
+    with jax.enable_x64(False), simulated_precision("bfloat16"):
+        step, run, stream, validation, weights = trained("default", micro=micro)
+        passes = backward_pass_of_each(PROBLEM, step, keep_bits=True, last_step=train_step(PROBLEM, ADAM))
+        state = passes.init(run, weights, (), [validation, validation, validation])
+        while not passes.is_done(run, state):
+            state = passes.advance(run, weights, (), stream, state)
+        beside = passes.finish(run, state).grad
+        alone = [hypergradients(precision, micro=micro)[0] for precision in ("default", "highest")]
+    assert relative(alone[0], np.asarray(alone[1], float)) > 1e-3
+    for own, expected in zip(beside, [alone[0], alone[0], alone[1]], strict=True):
+        assert relative(own, np.asarray(expected, float)) < 1e-5
+
+
+def test_certificates_measure_what_lower_products_change():
+    with jax.enable_x64(False), simulated_precision("bfloat16"):
+        given = (start(jnp.float32), jnp.ones(24), data(24, 0, jnp.float32), data(10, 1, jnp.float32))
+        low, high = (
+            unroll(PROBLEM, ADAM, steps=STEPS, product_precision=precision) for precision in ("default", "highest")
+        )
+        solution, exact = low.run(*given), high.run(*given)
+        certificates = check(low, solution, *given[2:], step_sizes=(0.1,), removed=(0.2,), draws=1, num_retrains=0)
+    error = relative(solution.grad, np.asarray(exact.grad, float))
+    assert certificates.checks.product_error == pytest.approx(error, rel=1e-3) and error > 1e-3
+    assert f"product_error {error:.3g}" in str(certificates)
+    assert low.at_highest is not None and high.at_highest is None
 
 
 BUILDERS = [train_step, lambda problem, optimizer, **named: unroll(problem, optimizer, steps=2, **named)]

@@ -78,6 +78,9 @@ CASES = {
     "no minimum": ({"checks": Checks(curvature=-0.1)}, "DO NOT BELIEVE"),
     "not solved": ({"checks": Checks(residual=0.5)}, "DO NOT BELIEVE"),
     "rounding alone": ({"checks": Checks(resolution=0.5)}, "DO NOT BELIEVE"),
+    "products hardly rounded": ({"checks": Checks(product_error=0.05)}, LARGE),
+    "rounded products": ({"checks": Checks(product_error=0.06)}, "UNDECIDED"),
+    "coarse products": ({"checks": Checks(product_error=0.2)}, "DO NOT BELIEVE"),
     "nothing was checked": ({"missing": "why. Do this."}, "UNDECIDED"),
     "another outer variable": ({"is_per_example": False, "metasmoothness": None}, SMALL),
 }
@@ -183,7 +186,10 @@ def some_retrains(rng):
 
 def some_checks(rng):
     residual, curvature, resolution = (rng.choice([NAN, rng.uniform(-1, 5)]) for _ in range(3))
-    return Checks(residual=residual, curvature=curvature, resolution=resolution, replayed=rng.random() < 0.8)
+    return Checks(
+        residual=residual, curvature=curvature, resolution=resolution, replayed=rng.random() < 0.8,
+        product_error=rng.choice([NAN, 0.0, 0.04, 0.06, 0.2]),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("changes", "level"), [({}, "BELIEVE"), (ratios((0.1,), (0.88,)), "DO NOT BELIEVE")])
@@ -253,9 +259,10 @@ def worsenings(one: Certificates, by: float, place: int) -> dict[str, Certificat
     """The order of evidence: every way of being worse, by some amount at some place.
 
     Numbers: a ratio or a slope farther from 1; more rounding; a smaller cosine, rank, curvature, resolution,
-    reliability, effective sample size, number or share of retrains; a larger residual; a number that is not finite. A
-    flag: not replayed, a status other than OK, a reason why nothing was checked. Evidence that is gone, where it spoke
-    for the estimate: without what speaks against it, it is not worse. Evidence that speaks against it and was absent.
+    reliability, effective sample size, number or share of retrains; a larger residual, or error of products; a number
+    that is not finite. A flag: not replayed, a status other than OK, a reason why nothing was checked. Evidence that is
+    gone, where it spoke for the estimate: without what speaks against it, it is not worse. Evidence that speaks against
+    it and was absent.
     """
     out = {}
     differences, cosines, removal = one.finite_differences, one.metasmoothness, one.removal_prediction
@@ -303,7 +310,7 @@ def worsenings(one: Certificates, by: float, place: int) -> dict[str, Certificat
         out["retrains against it"] = one._replace(removal_prediction=retrains(0.1 + by, rank=-0.9))
     checks = one.checks
     out["not replayed"] = one._replace(checks=checks._replace(replayed=False))
-    for name, sign in (("residual", 1), ("curvature", -1), ("resolution", -1)):
+    for name, sign in (("residual", 1), ("curvature", -1), ("resolution", -1), ("product_error", 1)):
         value = getattr(checks, name)
         worse = sign * 10.0 if math.isnan(value) else value + sign * by
         out[name] = one._replace(checks=checks._replace(**{name: worse}))
@@ -351,7 +358,7 @@ def test_every_level_occurs_and_every_field_can_lower_the_best():
     best = SOUND._replace(
         finite_differences=FiniteDifferences((0.1,), (1.0,), (0.0,)),
         removal_prediction=retrains(),
-        checks=Checks(residual=0.0, curvature=1.0, resolution=9.0),
+        checks=Checks(residual=0.0, curvature=1.0, resolution=9.0, product_error=0.0),
         metasmoothness=None,
     )
     top = height(judge_certificates(best))

@@ -290,6 +290,7 @@ def _write_artifacts(
         measured,
         estimand=artifacts.describe_estimand(config.outer, config.train.max_steps),
         param_dtype=config.model.param_dtype,
+        product_precision=config.outer.product_precision,
         config_hash=config_hash(config),
     )
     run_dir.write_parquet(folder / "weights.parquet", table)

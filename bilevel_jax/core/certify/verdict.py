@@ -23,6 +23,9 @@ SMALL, LARGE = 0.1, 0.5
 RATIO_TOLERANCE, RATIO_LIMIT, RATIO_LARGE = 0.05, 0.1, 0.3
 """How far actual over predicted may be from 1 to BELIEVE, and from where on DO NOT BELIEVE; at steps above the one that
 is judged, from where on the claim is about small changes alone."""
+PRODUCT_TOLERANCE, PRODUCT_LIMIT = 0.05, 0.1
+"""The share of the gradient's norm that rounded products of the steps back may change to BELIEVE, and from where on DO
+NOT BELIEVE."""
 SMOOTH_SMALL, SMOOTH_UNEVEN, SMOOTH_LIMIT = 0.8, 0.9, 0.3
 """Metasmoothness wanted for small changes, and for those at uneven weights (SMOOTH_LARGE for changes of half of the
 data), and from where on down DO NOT BELIEVE."""
@@ -137,9 +140,11 @@ def judge_certificates(certificates: Certificates) -> Verdict:
         to half of the data      without a half is at least .8 at nearly uniform weights, or 8 retrains without a half
                                  have that rank correlation and slope
         DO NOT BELIEVE           a number is not finite, the status is bad, the replay failed, the system has no
-                                 positive curvature or was not solved, that ratio leaves [.9, 1.1], metasmoothness
+                                 positive curvature or was not solved, rounded products of the steps back change the
+                                 gradient by more than .1 of its norm, that ratio leaves [.9, 1.1], metasmoothness
                                  without a quarter or less is below .3, or retrains speak against it
-        UNDECIDED                in between, with checks missing, and where smaller steps' ratios are off (`has_kinks`)
+        UNDECIDED                in between (of rounded products from .05 on), with checks missing, and where smaller
+                                 steps' ratios are off (`has_kinks`)
 
     For an outer variable that is not one weight for each example the ratios alone decide. It speaks for other examples
     where it is believed and 8 retrains without a tenth or more have a rank correlation of .7 with the loss of examples
@@ -290,6 +295,8 @@ def _find_against(certificates: Certificates) -> tuple[str, str] | None:
         return STATUS_REMEDIES[certificates.status], ""
     if checks.resolution <= 1:
         return STATUS_REMEDIES[Status.UNRESOLVED], ""
+    if checks.product_error > PRODUCT_LIMIT:
+        return _explain_products(checks)
     if name := _find_nonfinite(certificates):
         return f"{name} is not finite.", "Look for a loss that is not finite, or weights and entries that are all 0."
     judged = _judged_ratio(_ratios(certificates))
@@ -318,6 +325,8 @@ def _find_doubt(certificates: Certificates) -> tuple[str, str] | None:
     if 3 * judged.noise > RATIO_TOLERANCE:
         reason = f"rounding may change the ratio at a change by {judged.step:g} by {judged.noise:.2g}."
         return reason, "Use float64, or a larger step."
+    if certificates.checks.product_error > PRODUCT_TOLERANCE:
+        return _explain_products(certificates.checks)
     if judged.error > RATIO_TOLERANCE or any(one.error > RATIO_LIMIT for one in ratios if one.step < judged.step):
         return _explain_ratios(certificates)
     if not certificates.is_per_example:
@@ -426,6 +435,12 @@ def _find_nonfinite(certificates: Certificates) -> str:
 
 
 # ---- words
+
+
+def _explain_products(checks: Checks) -> tuple[str, str]:
+    """The ratios do not tell it: where errors of the entries have either sign, they cancel along the gradient."""
+    reason = f"rounded matrix products of the steps back change it by {float(checks.product_error):.1%} of its norm."
+    return reason, "Raise the precision of these products (product_precision), or lower the learning rate."
 
 
 def _explain_ratios(certificates: Certificates) -> tuple[str, str]:

@@ -92,6 +92,8 @@ class BilevelSolver(NamedTuple):
     """Whether `value` trains (or minimizes) again for another outer variable, so that differences of it test `grad`."""
     is_per_example: bool
     """Whether the outer variable holds a number for each training example."""
+    at_highest: "BilevelSolver | None" = None
+    """The same with all matrix products of the highest precision; None where they have it."""
 
 
 def raise_for_status(status: Int[Array, "..."]) -> None:

@@ -99,7 +99,8 @@ def unroll(
             the hypergradients of its examples. Shares are of equal size. `batch_size` is then that of a device. `value`
             has derivatives under shard_map alone; under pmap take those of `run`.
         product_precision: "highest", "high" or "default", of the matrix products in the steps back: on an accelerator
-            the lower ones are faster, and off by little (`train_step`). Training has the highest in any case.
+            the lower ones are faster, and off by an error that grows with the learning rate (`train_step`);
+            `certify.check` measures it. Training has the highest in any case.
 
     Returns:
         The solver. Its `run` gives a `Solution`; it raises a FloatingPointError for one whose status is not OK, unless
@@ -244,13 +245,18 @@ def unroll(
             check_differentiable(step, optimizer, trajectory, inputs.hyper, inputs.frozen, stream)
 
     estimand = "L_v after the training run" if window == steps else f"L_v through the last {window} training steps"
+    at_highest = None
+    if product_precision != "highest":
+        at_highest = unroll(
+            problem, optimizer, steps=steps, batch_size=batch_size, memory=memory, window=window, axis_name=axis_name
+        )
     return build_solver(
         problem,
         Method(solve, evaluate, solve_streams, evaluate_streams, diagnose),
         estimand=estimand,
         batch_size=batch_size,
         devices=devices,
-    )
+    )._replace(at_highest=at_highest)
 
 
 def _plan_segments(steps: int, memory: int | str) -> tuple[int, ...]:

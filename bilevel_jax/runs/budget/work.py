@@ -27,7 +27,7 @@ from bilevel_jax.runs.engine.arms import SHARE_ON_DEV, count_trainings, why_abse
 from bilevel_jax.runs.engine.raters import rater_work
 from bilevel_jax.runs.engine.reliability import RoundSizes, choose_round_evidence, measures_reliability
 from bilevel_jax.runs.engine.single_loop import FORWARD_WORK, count_single_loop_work
-from bilevel_jax.runs.engine.trainer import EXTRA_LOSS_WORK, HVP_WORK, REPLAY_WORK
+from bilevel_jax.runs.engine.trainer import EXTRA_LOSS_WORK, HVP_WORK, REPLAY_WORK, measures_product_error
 from bilevel_jax.runs.scoring.pooling import count_validation_models_work, pooling_work, pools_steps
 from bilevel_jax.runs.tasks.evaluation import KnownLabels, has_target_readings, num_judges, read_labels
 from bilevel_jax.runs.tasks.protocol import Task
@@ -85,7 +85,8 @@ def select_run_stages(task: Task, config: SelectConfig) -> list[WorkStage]:
         num_measured = sum(measures_reliability(outer, step, outer.steps) for step in range(outer.steps + 1))
         measured = _reliability_stage(task, outer, steps, epoch_steps).repeat(num_measured, "")
         pooling = WorkStage("", other_work=pooling_work(task, outer))
-        stages = [_add_stages("learning", loop, measured, baselines, pooling)]
+        highest = _product_error_stage(outer, estimate)
+        stages = [_add_stages("learning", loop, measured, highest, baselines, pooling)]
         if outer.weighting == "rater":
             stages.insert(0, WorkStage("features", other_work=rater_work(task, outer, config.rater, config.scores)))
             if config.rater.folds:
@@ -95,7 +96,12 @@ def select_run_stages(task: Task, config: SelectConfig) -> list[WorkStage]:
         retrains, estimates = count_certificate_retrains(config.certify), count_certificate_estimates(config.certify)
         certificate_count = 2 if outer.restart == "cold" else 1
         parts = training.repeat(retrains + estimates, ""), estimate.repeat(estimates, "")
-        stages.append(_add_stages("", *parts).repeat(certificate_count, "certificates"))
+        certificates = _add_stages("", *parts).repeat(certificate_count, "certificates")
+        if certificate_count > 1 and measures_product_error(outer):  # at uniform weights the first step has measured it
+            certificates = _add_stages(
+                "certificates", certificates, training, estimate, _product_error_stage(outer, estimate)
+            )
+        stages.append(certificates)
     if config.retrain.enabled:
         labels = read_labels(task, config.data)
         trainings = count_trainings(config.retrain.variants, task, labels, config.retrain.seeds)
@@ -287,6 +293,7 @@ def count_candidate_work(
         num_extra_losses[choose_round_evidence(outer, step, sizes, is_fitted=is_fitted or step > 0)]
         for step in range(outer.steps)
     )
+    extra_losses += measures_product_error(outer)
     work = max_steps * (1 + outer.steps * (1 + REPLAY_WORK + HVP_WORK) + EXTRA_LOSS_WORK * extra_losses)
     if pooled_epoch is not None:  # the losses at the end of the first training, and models of validation
         work += FORWARD_WORK * pooled_epoch + count_validation_models_work(max_steps, pooled_epoch)
@@ -319,6 +326,11 @@ def _estimate_of_each(outer: OuterSection, hypergradient: WorkStage, num_losses:
     return WorkStage("", other_work=(num_losses - 1) * EXTRA_LOSS_WORK * hypergradient.backward_steps)
 
 
+def _product_error_stage(outer: OuterSection, hypergradient: WorkStage) -> WorkStage:
+    """What it adds to a hypergradient to have it once more at the highest precision."""
+    return _estimate_of_each(outer, hypergradient, 1 + measures_product_error(outer))
+
+
 def _reliability_stage(task: Task, outer: OuterSection, steps: int, epoch_steps: int) -> WorkStage:
     """What measuring the reliability adds to a hypergradient: dev and its halves, or the halves of validation.
 
@@ -342,9 +354,10 @@ def count_backward_losses(task: Task, config: OuterLoopConfig) -> int:
     if isinstance(config, AuditConfig):
         return 1 + (num_judges(task) > 1) + config.audit.queries
     parts = config.contradictions.folds if isinstance(config, SelectConfig) and config.contradictions.draws else 1
-    if not config.outer.reliability_every and not pools_steps(task, config.outer):
-        return parts
-    return max(parts, 1 + count_reliability_losses(task, config.outer))
+    beside = 1 + measures_product_error(config.outer)
+    if config.outer.reliability_every or pools_steps(task, config.outer):
+        beside += count_reliability_losses(task, config.outer)
+    return max(parts, beside)
 
 
 def _add_stages(name: str, *stages: WorkStage) -> WorkStage:

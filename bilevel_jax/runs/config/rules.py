@@ -144,6 +144,15 @@ UNREAD_BY_REFINE = {
 """Keys of section outer that a candidate of `refine` is not trained by, and why."""
 
 
+def _goes_back_through_training(config: Any) -> bool:
+    """Whether a run has hypergradients by unrolled differentiation."""
+    if hasattr(config, "compare"):
+        return not {"unrolled", "window", *POOLED_METHODS}.isdisjoint(config.compare.methods)
+    if hasattr(config, "refine"):
+        return "unrolled" in config.refine.methods or trains_generator(config)
+    return config.outer.method in ("unrolled", "window")
+
+
 def _leave_out_in_refine(key: str, reason: str) -> Rule:
     default = getattr(OuterSection(), key)
     return (
@@ -218,6 +227,24 @@ CONFIG_RULES: tuple[Rule, ...] = (
             and c.train.global_batch_size % c.train.gradient_accumulation_steps == 0
         ),
         "must be 1 or more and divide train.global_batch_size",
+    ),
+    (
+        "outer.product_precision",
+        lambda c: c.outer.product_precision == "highest" or hasattr(c, "audit") or _goes_back_through_training(c),
+        "is that of hypergradients that go back through training (unrolled, window), and this run has none: leave it "
+        "at highest",
+    ),
+    (
+        "outer.product_precision",
+        lambda c: c.outer.product_precision == "highest" or not hasattr(c, "audit"),
+        "audit judges estimates by exact hypergradients, whose products have the highest precision: leave it at "
+        "highest",
+    ),
+    (
+        "outer.product_precision",
+        lambda c: c.outer.product_precision == "highest" or not c.outer.linearize,
+        "a step that is stored linearized has the products of training, whose precision is the highest: set it to "
+        "highest, or outer.linearize to false",
     ),
     (
         "outer.proximal",

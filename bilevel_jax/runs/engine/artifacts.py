@@ -33,6 +33,7 @@ def weights_table(
     *,
     estimand: str,
     param_dtype: str,
+    product_precision: str,
     config_hash: str,
 ) -> pa.Table:
     """One row per training example, joined by `id` and never by position; signs and units in the schema's metadata."""
@@ -65,7 +66,8 @@ def weights_table(
         "start_loss": f"the row's loss before training, {task.objective.loss_unit}",
         "tokens": "tokens of the row, as training sees them",
         "estimand": estimand,
-        "precision": f"{param_dtype}, matrix products at the highest precision",
+        "precision": f"{param_dtype}, matrix products at the highest precision"
+        + ("" if product_precision == "highest" else f", in the steps back at {product_precision}"),
         "device": jax.devices()[0].device_kind,
         "config_hash": config_hash,
         "outer_step": str(learned.best_step),

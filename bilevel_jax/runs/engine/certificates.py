@@ -11,7 +11,7 @@ from bilevel_jax.core.types import Checks
 from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.runs.config.schema import CertifySection
 from bilevel_jax.runs.engine.folds import Turn, turn_training_stream, turn_validation_stream
-from bilevel_jax.runs.engine.trainer import Trainer
+from bilevel_jax.runs.engine.trainer import Trainer, measures_product_error
 from bilevel_jax.runs.infra.placement import replicate
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks.evaluation import judges_by_examples
@@ -80,11 +80,20 @@ def compute_certificates(
             num_retrains=settings.retrains,
         )._asdict()
 
+    def compute_product_error() -> float:
+        run = trainer.run(device_weights, start, stream, for_backward=True)
+        estimate = trainer.estimate(run, device_weights, stream, turn=turn, with_product_error=True)
+        return float(estimate.checks.product_error)
+
     session.set_phase(f"certifying the gradient at {name}")
+    if measures_product_error(trainer.outer) and np.isnan(checks.product_error):
+        error = session.run_once(f"certify/{name}/product", compute_product_error)
+        checks = checks._replace(product_error=error)
     ratios = session.run_once(f"certify/{name}/exact", compute_exact)
     smoothness = removals.average_draws(compute_draw, shares_to_remove(settings.removed, share), settings.draws)
     predictive = session.run_once(f"certify/{name}/predictive", compute_predictive) if settings.retrains else None
     return without._replace(
+        checks=checks,
         finite_differences=certify.FiniteDifferences(**{key: tuple(numbers) for key, numbers in ratios.items()}),
         metasmoothness=smoothness,
         removal_prediction=certify.RemovalPrediction(**predictive) if predictive else None,

@@ -499,7 +499,8 @@ def train_and_estimate(
 ) -> tuple[Trajectory, Estimate]:
     """Train from `start` with these weights, and estimate the hypergradient at its end; resumable as outer step `step`.
 
-    The first step checks that the optimizer's update has a finite derivative. The seeds are those of
+    The first step checks that the optimizer's update has a finite derivative, and measures what lower precision of the
+    products in the steps back changes. The seeds are those of
     `Trainer.estimate`; `turn` says which examples `stream` holds, and which judge.
     """
     task = trainer.task
@@ -508,8 +509,9 @@ def train_and_estimate(
         frozen = task.frozen(trajectory.start.params)
         check_differentiable(task.train_step, task.optimizer, trajectory, weights, frozen, stream)
     return trajectory, trainer.estimate(
-        trajectory, weights, stream, outer_step=step, halves_seed=halves_seed, dev_seed=dev_seed, turn=turn
-    )
+        trajectory, weights, stream, outer_step=step, halves_seed=halves_seed, dev_seed=dev_seed, turn=turn,
+        with_product_error=is_first,
+    )  # fmt: skip
 
 
 def _best_step(records: OuterRecords) -> int:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from bilevel_jax.core import certify, checkpointing, curvature, solvers, tree
 from bilevel_jax.core.implicit import implicit_estimator
 from bilevel_jax.core.streams import halve_stream
-from bilevel_jax.core.training import init_train_state, train
+from bilevel_jax.core.training import init_train_state, train, with_product_precision
 from bilevel_jax.core.types import (
     Adjoint,
     BackwardState,
@@ -90,25 +90,32 @@ class Trainer:
         window = outer.window if outer.method == "window" else None
         self._backward_pass: BackwardPass | None = None
         self._backward_pass_of_each: BackwardPass | None = None
+        self._backward_pass_with_highest: BackwardPass | None = None
+        """Of several outer losses, the last of them with products of the highest precision."""
         self._num_losses = 1
         """How many outer losses go back side by side."""
         if outer.method in ("unrolled", "window"):
             on_replay = lambda step: self._pause()  # noqa: E731
+            step = with_product_precision(task.train_step, task.problem, task.optimizer, outer.product_precision)
             self._backward_pass = backward_pass(
                 task.problem,
-                task.train_step,
+                step,
                 window=window,
                 on_step=lambda step: session.advance(backward_step_work(1)),
                 on_replay=on_replay,
             )
-            self._backward_pass_of_each = backward_pass_of_each(
+            make_pass_of_each = partial(
+                backward_pass_of_each,
                 task.problem,
-                task.train_step,
+                step,
                 keep_bits=True,  # what is measured beside the hypergradient changes it by rounding at most
                 window=window,
                 on_step=lambda step: session.advance(backward_step_work(self._num_losses)),
                 on_replay=on_replay,
             )
+            self._backward_pass_of_each = make_pass_of_each()
+            if measures_product_error(outer):
+                self._backward_pass_with_highest = make_pass_of_each(last_step=task.train_step)
         self._pause: Callable[[], None] = lambda: None
         """Saves the backward pass in its middle, if it is time to."""
 
@@ -215,12 +222,15 @@ class Trainer:
         halves_seed: int | None = None,
         dev_seed: int | None = None,
         turn: Turn | None = None,
+        with_product_error: bool = False,
     ) -> Estimate:
         """The hypergradient of validation loss by the configured method; `turn` says which examples train and judge.
 
         With `halves_seed`, `half_difference` is that of the two halves of the judges that `draw_halves` draws;
-        with `dev_seed`, `independent` holds the hypergradient of dev loss and the difference of two halves of dev. They
-        go back beside the hypergradient, which they change by rounding at most.
+        with `dev_seed`, `independent` holds the hypergradient of dev loss and the difference of two halves of dev. With
+        `with_product_error`, and outer.product_precision below the highest, `checks.product_error` says what that
+        changes: validation goes back once more at the highest. All go back beside the hypergradient, which they change
+        by rounding at most.
         """
         validation = turn_validation_stream(self.task, turn)
         extra = self._extra_streams(halves_seed, dev_seed, turn)
@@ -230,9 +240,14 @@ class Trainer:
             )
             grads = {name: estimate_at_end(validation=outer_stream).grad for name, outer_stream in extra.items()}
             return _add_grads(estimate_at_end(validation=validation), grads)
-        streams = [validation, *extra.values()] if extra else validation
-        estimate = self._go_back(run, weights, stream, streams, outer_step)
-        return _split_losses(estimate, list(extra)) if extra else estimate
+        streams, with_highest = [validation, *extra.values()], self._backward_pass_with_highest
+        if with_product_error and with_highest is not None:
+            estimates = self._go_back(run, weights, stream, [*streams, validation], with_highest, outer_step)
+            return self._add_product_error(_split_losses(estimates, list(extra)), estimates)
+        if extra:
+            estimates = self._go_back(run, weights, stream, streams, self._backward_pass_of_each, outer_step)
+            return _split_losses(estimates, list(extra))
+        return self._go_back(run, weights, stream, validation, self._backward_pass, outer_step)
 
     def estimate_each(
         self,
@@ -246,7 +261,7 @@ class Trainer:
         """The hypergradients of several outer losses, such as those of parts of validation, side by side."""
         if self._backward_pass_of_each is None:
             return [self.estimate_at_end(run, weights, validation=validation) for validation in validations]
-        estimates = self._go_back(run, weights, stream, validations, outer_step)
+        estimates = self._go_back(run, weights, stream, validations, self._backward_pass_of_each, outer_step)
         return [_pick_loss(estimates, place) for place in range(len(validations))]
 
     def _go_back(
@@ -255,14 +270,12 @@ class Trainer:
         weights: jax.Array,
         stream: Stream,
         validation: Stream | Sequence[Stream],
+        passes: BackwardPass,
         outer_step: int | None,
     ) -> Estimate:
         """The whole backward pass of one outer loss, or of several side by side, whose estimates lead with [losses]."""
-        is_single = isinstance(validation, Stream)
-        passes = self._backward_pass if is_single else self._backward_pass_of_each
-        assert passes is not None
         fixed = self.task.frozen(run.start.params)
-        self._num_losses = 1 if is_single else len(validation)
+        self._num_losses = 1 if isinstance(validation, Stream) else len(validation)
         restored = None if outer_step is None else self._load_mid_step(outer_step, run.start, weights)
         if restored is not None and restored.checkpoint.backward_state.step >= 0:
             backward_state = restored.checkpoint.backward_state
@@ -283,6 +296,17 @@ class Trainer:
         self._pause = lambda: None  # the other holds this run's states
         delete_stored_states(run)
         return passes.finish(run, backward_state)
+
+    def _add_product_error(self, estimate: Estimate, estimates: Estimate) -> Estimate:
+        """With what lower precision of the products changes; the last of the estimates has the highest."""
+        highest = jax.tree.map(lambda leaf: leaf[-1], estimates.grad)
+        error = float(_relative_error(estimate.grad, highest))
+        name = f"outer.product_precision = {self.outer.product_precision}"
+        words = f"{name} changes the hypergradient by {error:.2%} of its norm"
+        if error > certify.PRODUCT_TOLERANCE:
+            words += ", too much to believe it: raise it, or lower optimizer.learning_rate"
+        self.session.print_line(f"{words}.")
+        return estimate._replace(checks=estimate.checks._replace(product_error=error))
 
     def draw_halves(self, part: str, seed: int) -> Float[np.ndarray, "examples"]:
         """The factors of the examples of validation or dev in the difference of two halves, in the order of
@@ -489,6 +513,11 @@ class _RunMonitor:
         )
 
 
+def measures_product_error(outer: OuterSection) -> bool:
+    """Whether something is to be told of the products in the steps back: with the highest precision nothing is."""
+    return outer.product_precision != "highest" and outer.method in ("unrolled", "window")
+
+
 def backward_step_work(num_losses: int) -> float:
     """Work of a step back through so many outer losses side by side, in training steps."""
     return REPLAY_WORK + HVP_WORK + EXTRA_LOSS_WORK * (num_losses - 1)
@@ -545,6 +574,7 @@ def check_finite(
 
 
 _all_finite = jax.jit(tree.all_finite)
+_relative_error = jax.jit(tree.relative_error)
 
 
 def check_hypergradient_finite(estimate: Estimate, name: str, *, alternative: str = "") -> None:

@@ -106,6 +106,11 @@ ESTIMATOR_CHECKS = (
         "near 0; not judged",
         "{unit} of validation loss that finishing the inner training would still change, to first order",
     ),
+    (
+        "product_error",
+        "at most .05; above .1: do not believe",
+        "share of the hypergradient's norm that products below the highest precision change (outer.product_precision)",
+    ),
     ("sample", "above .95; not judged", "cosine of the solutions on half and on all of the curvature batches"),
     ("steps", "", "training steps of the backward pass, or products of the linear solve"),
     ("batches", "", "curvature batches of the linear solve"),
@@ -192,10 +197,16 @@ def _check_rows(run: RunResults) -> list[CheckRow]:
     states = [{"yes": "good", "no": "bad"}.get(value or "", "") for value in replayed]
     words = "every replayed segment of training ended bit for bit where training did"
     checks.append(CheckRow("replayed", replayed, "yes", words, states))
-    bounds_by_check = {"residual": (-math.inf, 0.1), "curvature": (math.ulp(0.0), math.inf)}
+    residual, curvature = (-math.inf, 0.1), (math.ulp(0.0), math.inf)
+    bounds_by_check = {
+        "residual": (residual, residual),
+        "curvature": (curvature, curvature),
+        "product_error": ((-math.inf, verdict.PRODUCT_TOLERANCE), (-math.inf, verdict.PRODUCT_LIMIT)),
+    }
     for key, threshold, words in ESTIMATOR_CHECKS:
-        bounds, values = bounds_by_check.get(key, UNBOUNDED), [one[key] for one in estimator_checks]
-        checks.append(_judge(key, values, threshold, words.format(unit=run.unit), bounds, bounds))
+        bounds = bounds_by_check.get(key, (UNBOUNDED, UNBOUNDED))
+        values = [one.get(key) for one in estimator_checks]  # earlier runs lack some
+        checks.append(_judge(key, values, threshold, words.format(unit=run.unit), *bounds))
     return checks
 
 
