@@ -25,7 +25,6 @@ from bilevel_jax.core.certify.removals import (
     predict_removals,
     spearman,
 )
-from bilevel_jax.core.certify.verdict import PRODUCT_TOLERANCE as PRODUCT_TOLERANCE
 from bilevel_jax.core.certify.verdict import Certificates, Verdict, effective_share, judge_certificates
 
 __all__ = [

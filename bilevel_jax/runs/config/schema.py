@@ -247,8 +247,8 @@ class OptimizerSection:
     """Constant added outside the square root (adam, adamw)."""
 
     eps_root: NonNegative = 1e-12
-    """Constant added inside the square root; with 0 hypergradients are NaN where a gradient is 0. A larger one makes them
-    less sensitive, and is another optimizer where single entries of gradients are below its root."""
+    """Constant added inside the square root; with 0 hypergradients are NaN where a gradient is 0. A larger one makes
+    them less sensitive, and is another optimizer where single entries of gradients are below its root."""
 
     max_grad_norm: Annotated[float, Ge(0), Special(0, "no clipping")] = 0.0
     """Maximum norm of the gradient; 0: no clipping."""

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from bilevel_jax.core import certify, checkpointing, curvature, solvers, tree
+from bilevel_jax.core.certify.verdict import PRODUCT_TOLERANCE
 from bilevel_jax.core.implicit import implicit_estimator
 from bilevel_jax.core.streams import halve_stream
 from bilevel_jax.core.training import init_train_state, train, with_product_precision
@@ -303,7 +304,7 @@ class Trainer:
         error = float(_relative_error(estimate.grad, highest))
         name = f"outer.product_precision = {self.outer.product_precision}"
         words = f"{name} changes the hypergradient by {error:.2%} of its norm"
-        if error > certify.PRODUCT_TOLERANCE:
+        if error > PRODUCT_TOLERANCE:
             words += ", too much to believe it: raise it, or lower optimizer.learning_rate"
         self.session.print_line(f"{words}.")
         return estimate._replace(checks=estimate.checks._replace(product_error=error))
