@@ -19,7 +19,13 @@ from bilevel_jax.core.certify import Certificates, Verdict
 from bilevel_jax.core.implicit import implicit_estimator
 from bilevel_jax.core.solve.scanned import start_and_hyperparameter_gradients
 from bilevel_jax.core.solve.solution import BilevelSolver, Solution, Status
-from bilevel_jax.core.training import init_train_state, train
+from bilevel_jax.core.training import (
+    ProductPrecision,
+    check_product_precision,
+    init_train_state,
+    train,
+    with_product_precision,
+)
 from bilevel_jax.core.types import (
     CheckpointPlan,
     Checks,
@@ -244,6 +250,7 @@ class SolverOptions:
     linear_solver: LinearSolver | None
     curvature_batches: int | None
     memory_gib: float
+    product_precision: ProductPrecision = "highest"
 
 
 class FineTuning:
@@ -381,7 +388,8 @@ class FineTuning:
         if task.num_steps not in (checked := _cached_checks(task.train_step)):
             check_differentiable(task.train_step, task.optimizer, trajectory, table, frozen, stream)
             checked.add(task.num_steps)
-        passes = backward_pass(task.problem, task.train_step, window=self.solver.window)
+        step = with_product_precision(task.train_step, task.problem, task.optimizer, self.solver.product_precision)
+        passes = backward_pass(task.problem, step, window=self.solver.window)
         state = passes.init(trajectory, table, frozen, validation)
         while not passes.is_done(trajectory, state):
             state = passes.advance(trajectory, table, frozen, stream, state)
@@ -404,7 +412,11 @@ class FineTuning:
             plan = checkpointing.NO_CHECKPOINTS
             return self._validation_loss(self._train(table, seed, plan=plan, on_step=on_step)[0])
 
-        return BilevelSolver(run, value, SOLVERS.get(self.solver.name or "", ""), True, True)
+        at_highest = None
+        if self.solver.product_precision != "highest":
+            options = dataclasses.replace(self.solver, product_precision="highest")
+            at_highest = FineTuning(self.lm, self.task, options, self.seed)._make_solver(seed, on_step)
+        return BilevelSolver(run, value, SOLVERS.get(self.solver.name or "", ""), True, True, at_highest)
 
     def _start(self) -> TrainState:
         task = self.task
@@ -726,6 +738,9 @@ def _check_solver(solver: SolverOptions, validation: Any, target: Any) -> None:
     for key, reader in readers.items():
         if getattr(solver, key) and name != reader:
             raise ValueError(f"{key} is an argument of solver={reader!r}, and solver is {name!r}: leave it out.")
+    check_product_precision(solver.product_precision)
+    if solver.product_precision != "highest" and name != "unroll":
+        raise ValueError(f"product_precision is an argument of solver='unroll', and solver is {name!r}: leave it out.")
     if solver.curvature not in ("gauss_newton", "hessian"):
         raise ValueError(f"curvature is {solver.curvature!r}; it is 'gauss_newton' or 'hessian'.")
     for key in ("window", "curvature_batches"):

@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from bilevel_jax.core.training import ProductPrecision
 from bilevel_jax.core.types import LinearSolver, Params
 from bilevel_jax.language_model import finetuning, inference, scoring
 from bilevel_jax.language_model.finetuning import FineTuned, SolverOptions, Target
@@ -120,6 +121,7 @@ class LanguageModel:
         linear_solver: LinearSolver | None = None,
         curvature_batches: int | None = None,
         memory_gib: float = 0.0,
+        product_precision: ProductPrecision = "highest",
         leaks: Literal["error", "keep"] = "error",
         seed: int = 0,
         weights: Float[np.ndarray, "examples"] | Mapping[str, float] | None = None,
@@ -160,6 +162,8 @@ class LanguageModel:
             linear_solver: of "implicit": as bj.solvers.cg(), the default with tolerance 1e-4 and at most 100 products.
             curvature_batches: of "implicit": batches of the first solve, doubled until the solution stays; default all.
             memory_gib: of "unroll": memory for stored states; 0: half of what the model leaves.
+            product_precision: of "unroll": "highest", "high" or "default", of the matrix products in the steps back,
+                as of `bj.unroll`; with `certify`, `certificates.checks.product_error` tells what it changes.
             leaks: what becomes of training examples that say the same as a validation example, whose weights would be
                 rewarded for being copied: "error", or "keep" them.
             seed: of the data order and of fresh adapters.
@@ -205,7 +209,9 @@ class LanguageModel:
             lora=lora,
             objective=objective,
             target=target,
-            solver=SolverOptions(solver, window, proximal, curvature, linear_solver, curvature_batches, memory_gib),
+            solver=SolverOptions(
+                solver, window, proximal, curvature, linear_solver, curvature_batches, memory_gib, product_precision
+            ),
             leaks=leaks,
             seed=seed,
         )

@@ -270,6 +270,13 @@ def test_certificates_follow_a_run(trained):
     assert result.verdict == result.certificates.verdict and "certify=True" in str(trained.verdict)
 
 
+def test_certificates_measure_what_lower_products_change(lm, rows, held_out, trained):
+    result = lm.finetune(rows, held_out, ADAMW, steps=4, batch_size=4, product_precision="default", certify=True)
+    np.testing.assert_allclose(result.grad, trained.grad, rtol=1e-5, atol=1e-7 * abs(trained.grad).max())
+    assert result.certificates.checks.product_error < 1e-5  # on a CPU all precisions are one
+    assert np.isnan(trained.rerun(certify=True).certificates.checks.product_error)
+
+
 @pytest.mark.slow
 def test_a_gentle_run_is_believed_and_is_alignment(lm, rows, held_out):
     """Four steps on halves of the rows: each row is in two, so to first order in the rate the hypergradient of sgd is
@@ -297,6 +304,8 @@ MISUSES = {
     "no steps": ({"steps": 0}, "steps is 0; a whole number of 1 or more is wanted"),
     "batch": ({"batch_size": 0}, "batch_size is 0"),
     "parts": ({"gradient_accumulation_steps": 3}, "must be 1 or more and divide train.global_batch_size"),
+    "precision": ({"product_precision": "hihg"}, "product_precision is 'hihg'; choose 'highest', 'high' or 'default'"),
+    "no products": ({"solver": "alignment", "product_precision": "high"}, "product_precision is an argument of"),
     "window": ({"solver": "implicit", "proximal": 0.1, "window": 2}, "window is an argument of solver='unroll'"),
     "linear solver": ({"linear_solver": bj.solvers.cg()}, "linear_solver is an argument of solver='implicit'"),
     "curvature": ({"curvature": "fisher"}, "curvature is 'fisher'; it is 'gauss_newton' or 'hessian'"),
