@@ -179,8 +179,8 @@ def train_step(
 def with_product_precision(
     step: TrainStep, problem: Problem, optimizer: optax.GradientTransformation, precision: ProductPrecision
 ) -> TrainStep:
-    """A step whose `backward` has products of another precision; the rest, compiled or not, is that of `step`. A memo,
-    so that the passes of several trainers compile it once."""
+    """A step of `train_step` whose `backward` has products of another precision, and whose other functions are the
+    same ones, compiled already. A memo, so that the passes of several trainers compile it once."""
     if precision == "highest":
         return step
     return step._replace(backward=jax.jit(step_functions(problem, optimizer, product_precision=precision)[1]))

@@ -39,11 +39,6 @@ def cosine(first: PyTree, second: PyTree) -> Float[Array, ""]:
     return optax.tree.vdot(first, second) / (norm(first) * norm(second))
 
 
-def relative_error(tree: PyTree, exact: PyTree) -> Float[Array, ""]:
-    """|tree - exact| / |exact|; nan where both are zero."""
-    return norm(optax.tree.sub(tree, exact)) / norm(exact)
-
-
 def bitwise_equal(first: PyTree, second: PyTree) -> Bool[Array, ""]:
     """Whether all leaves are equal bit for bit (a nan equals a nan)."""
     same = jax.tree.map(

@@ -189,7 +189,8 @@ class Checks(NamedTuple):
     resolution: float | Scalar = float("nan")
     """Norm of the hypergradient over the rounding error of its sum over steps; at or below 1 it is noise."""
     product_error: float | Scalar = float("nan")
-    """|h - h*| / |h*|, where the matrix products of the steps back to h* have the highest precision."""
+    """|h - h*| / |h*|, where the matrix products of the steps back to h* have the highest precision; of entries less
+    their mean where that is larger, and inf where one is not finite."""
 
 
 class Estimate(NamedTuple):

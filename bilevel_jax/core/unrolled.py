@@ -164,7 +164,7 @@ def backward_pass_of_each(
     step: TrainStep,
     *,
     keep_bits: bool = False,
-    last_step: TrainStep | None = None,
+    step_of_last: TrainStep | None = None,
     window: int | None = None,
     on_step: Callable[[int], None] | None = None,
     on_replay: Callable[[int], None] | None = None,
@@ -179,12 +179,12 @@ def backward_pass_of_each(
     their primal passes. It grows with their number. Of several micro-batches they are batched even so, as the compiler
     would not share the passes of several loops.
 
-    With `last_step` the last of the losses, of two or more, goes back by the `backward` of that step: where it is the
-    first loss again, what two steps back make of one loss is compared in one pass. Steps that are stored linearized
+    With `step_of_last` the last of the losses, of two or more, goes back by the `backward` of that step: where it is
+    the first loss again, what two steps back make of one loss is compared in one pass. Steps that are stored linearized
     have one product for all.
     """
     end_loss_and_adjoint = _end_loss_and_adjoint_fn(problem)
-    each = step_of_each(problem, step, keep_bits, last_step)
+    each = step_of_each(problem, step, keep_bits, step_of_last)
 
     def start(
         trajectory: Trajectory, hyper: Hyper, frozen: Frozen, validations: Sequence[Stream]
@@ -197,9 +197,11 @@ def backward_pass_of_each(
 
 
 @lru_cache(maxsize=8)
-def step_of_each(problem: Problem, step: TrainStep, keep_bits: bool, last_step: TrainStep | None = None) -> TrainStep:
-    """The step with `backward`, `vjp_step` and `scatter_add` of several adjoints, the last of them by `last_step`; a
-    memo, so that the passes of several trainers compile it once."""
+def step_of_each(
+    problem: Problem, step: TrainStep, keep_bits: bool, step_of_last: TrainStep | None = None
+) -> TrainStep:
+    """The step with `backward`, `vjp_step` and `scatter_add` of several adjoints, the last of them by `step_of_last`;
+    a memo, so that the passes of several trainers compile it once."""
 
     def of_each(step_back: Callable[..., tuple[Adjoint, HyperSlice]], num_arguments: int) -> Callable[..., Any]:
         batched = jax.vmap(step_back, in_axes=(*[None] * num_arguments, 0))
@@ -225,7 +227,7 @@ def step_of_each(problem: Problem, step: TrainStep, keep_bits: bool, last_step: 
 
     backward = of_each(step.backward, 5)
     return step._replace(
-        backward=jax.jit(with_last(backward, last_step.backward) if last_step else backward),
+        backward=jax.jit(with_last(backward, step_of_last.backward) if step_of_last else backward),
         vjp_step=jax.jit(of_each(step.vjp_step, 6)),
         scatter_add=jax.jit(jax.vmap(problem.scatter_add, in_axes=(0, None, 0)), donate_argnums=0),
     )

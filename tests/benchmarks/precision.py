@@ -5,7 +5,7 @@
 stories-260k on sentences of its own kind, AdamW, batches of 16. The reference is float64. Errors are |h - h64| /
 |h64| over all training examples: of float32 throughout; of products that are rounded as TF32 and bfloat16 do it, with
 training in float32; and of training (and products) that is rounded so. Precisions are simulated on the CPU by
-rounding the operands of every matrix product. Beside them the error that one step back tells (`product_error`), and
+rounding the operands of every matrix product. Beside them the error that one step back tells (`last_step_error`), and
 L_v, by eps_root.
 """
 
@@ -74,7 +74,7 @@ def hypergradients(
         adjoint = Adjoint(at_end, [jnp.zeros_like(leaf) for leaf in tree.inexact_leaves(run.end.opt_state)])
         place = run.steps - 1
         told = float(
-            product_error(
+            last_step_error(
                 step, train_step(given.problem, optimizer), run.stored_steps[place], weights, given.fixed,
                 given.train.batch(place), adjoint,
             )
@@ -83,7 +83,7 @@ def hypergradients(
     return np.asarray(estimate.grad, float), float(estimate.validation_loss), told
 
 
-def product_error(
+def last_step_error(
     step: TrainStep,
     exact_step: TrainStep,
     stored: StoredStep,

@@ -6,8 +6,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from bilevel_jax.commands.refine.run import refine
 from bilevel_jax.commands.select.run import select
-from bilevel_jax.runs.config.load import SelectConfig, load_config
+from bilevel_jax.core.certify.products import measure_product_error
+from bilevel_jax.runs.config.load import AuditConfig, CompareConfig, RefineConfig, SelectConfig, load_config
 from bilevel_jax.runs.infra import session
 from tests.simulated_precision import simulated_precision
 
@@ -49,7 +51,7 @@ def test_what_is_told_is_what_the_products_change(made, tmp_path):
         result = run(made, tmp_path / "lower", *LOWER)
     exact, own = (pq.read_table(tmp_path / name / "weights.parquet") for name in ("highest", "lower"))
     h, h_exact = (np.array(table["first_hypergradient"], float) for table in (own, exact))
-    error = np.linalg.norm(h - h_exact) / np.linalg.norm(h_exact)
+    error = measure_product_error(h, h_exact, is_per_example=True)
     told = result["records"][0]["checks"]["product_error"]
     assert told == pytest.approx(error, rel=1e-2) and 1e-3 < error < 0.05
     at_places = {name: one["checks"]["product_error"] for name, one in result["certificates"].items()}
@@ -61,9 +63,29 @@ def test_what_is_told_is_what_the_products_change(made, tmp_path):
     ("flags", "words"),
     [
         (("--outer.method", "alignment"), "is that of hypergradients that go back through training"),
+        (("--outer.method", "implicit", "--outer.proximal", "0.1"), "is that of hypergradients that go back"),
         (("--outer.linearize",), "a step that is stored linearized has the products of training"),
     ],
 )
 def test_where_it_would_not_be_read_it_is_refused(made, tmp_path, flags, words):
     with pytest.raises(ValueError, match=f"outer.product_precision = 'high': {words}"):
         run(made, tmp_path / "run", "--outer.product-precision", "high", *flags)
+
+
+def test_compare_and_audit_refuse_it():
+    for config_class, words in ((CompareConfig, "methods are compared by passes"), (AuditConfig, "audit judges")):
+        with pytest.raises(ValueError, match=f"outer.product_precision = 'high': {words}"):
+            load_config(config_class, None, ["--outer.product-precision", "high", "--model", "m", "--train", "t"])
+
+
+def test_each_round_of_refine_tells_it(made, tmp_path, capsys):
+    flags = ("--refine.methods", "unrolled", "--refine.rounds", "1", "--refine.questions", "fixed", *LOWER)
+    out = tmp_path / "run"
+    result = refine(load_config(RefineConfig, made / "refine.yaml", [*flags, "--out", str(out)]))
+    error = result["records"][0]["candidates"][0]["reliability"]["product_error"]
+    assert error < 1e-5  # on a CPU all precisions are one
+    assert f"product error {error:.1%}" in capsys.readouterr().err
+    logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [record["product_error"] for record in logged if record["event"] == "outer"] == [error]
+    words = f"changes the hypergradients behind the weights of unrolled by {error:.1%} of their norm."
+    assert words in (out / "report.html").read_text()

@@ -9,6 +9,7 @@ from jax.extend.core import jaxprs_in_params
 
 from bilevel_jax.core import tree
 from bilevel_jax.core.certify import check
+from bilevel_jax.core.certify.products import measure_product_error
 from bilevel_jax.core.problem import problem as global_problem
 from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.solve.unroll import unroll
@@ -183,7 +184,7 @@ def test_a_model_with_a_state_has_them_too():
 def test_the_last_of_several_losses_can_go_back_at_another_precision(micro):
     with jax.enable_x64(False), simulated_precision("bfloat16"):
         step, run, stream, validation, weights = trained("default", micro=micro)
-        passes = backward_pass_of_each(PROBLEM, step, keep_bits=True, last_step=train_step(PROBLEM, ADAM))
+        passes = backward_pass_of_each(PROBLEM, step, keep_bits=True, step_of_last=train_step(PROBLEM, ADAM))
         state = passes.init(run, weights, (), [validation, validation, validation])
         while not passes.is_done(run, state):
             state = passes.advance(run, weights, (), stream, state)
@@ -202,10 +203,23 @@ def test_certificates_measure_what_lower_products_change():
         )
         solution, exact = low.run(*given), high.run(*given)
         certificates = check(low, solution, *given[2:], step_sizes=(0.1,), removed=(0.2,), draws=1, num_retrains=0)
-    error = relative(solution.grad, np.asarray(exact.grad, float))
-    assert certificates.checks.product_error == pytest.approx(error, rel=1e-3) and error > 1e-3
+    error = measure_product_error(solution.grad, exact.grad, is_per_example=True)
+    assert error >= relative(solution.grad, np.asarray(exact.grad, float)) > 1e-3
+    assert certificates.checks.product_error == pytest.approx(error, rel=1e-3)
     assert f"product_error {error:.3g}" in str(certificates)
     assert low.at_highest is not None and high.at_highest is None
+
+
+def test_the_error_is_that_of_what_tells_entries_apart_and_never_hides_what_is_not_finite():
+    exact = 100 + np.random.default_rng(0).normal(size=64)
+    own = exact + 0.01 * np.random.default_rng(1).normal(size=64)
+    centred = np.linalg.norm((own - own.mean()) - (exact - exact.mean())) / np.linalg.norm(exact - exact.mean())
+    measure = lambda *grads, **named: measure_product_error(*map(jnp.asarray, grads), **named)  # noqa: E731
+    assert measure(own, exact, is_per_example=True) == pytest.approx(centred, rel=1e-3)
+    assert measure(own, exact, is_per_example=False) == pytest.approx(relative(own, exact), rel=1e-3)
+    assert measure(exact, exact, is_per_example=True) == 0 == measure(0 * exact, 0 * exact, is_per_example=True)
+    for broken in (own * np.nan, own * np.inf):
+        assert measure(broken, exact, is_per_example=True) == np.inf == measure(exact, broken, is_per_example=False)
 
 
 BUILDERS = [train_step, lambda problem, optimizer, **named: unroll(problem, optimizer, steps=2, **named)]

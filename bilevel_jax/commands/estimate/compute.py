@@ -15,6 +15,7 @@ from bilevel_jax.commands.estimate.abstract_run import (
 )
 from bilevel_jax.commands.estimate.peak import plan_run_checkpoints
 from bilevel_jax.core import checkpointing
+from bilevel_jax.core.training import with_product_precision
 from bilevel_jax.core.types import CheckpointPlan
 from bilevel_jax.runs.budget import compiled_steps, memory, work
 from bilevel_jax.runs.budget.compiled_steps import CompiledProgram, Program
@@ -26,7 +27,7 @@ from bilevel_jax.runs.config.load import (
     TrainConfig,
 )
 from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS, EstimateSection
-from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK
+from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK, measures_product_error
 from bilevel_jax.runs.engine.trajectory_store import GIB, bytes_per_device, device_memory_bytes, num_backward_steps
 from bilevel_jax.runs.scoring.scores import SCORES
 from bilevel_jax.runs.tasks.evaluation import read_labels
@@ -63,10 +64,15 @@ def compile_steps(abstract_run: AbstractRun, simulated: bool) -> dict[str, Compi
             steps["linearize"] = compile_step(compiled_steps.linearize_program(task, shapes))
             steps["backward"] = compile_step(compiled_steps.vjp_program(task, shapes, steps["linearize"].compiled))
         else:
+            outer, at_highest = abstract_run.config.outer, None
+            if measures_product_error(outer):
+                at_highest = task.train_step
+                step = with_product_precision(at_highest, task.problem, task.optimizer, outer.product_precision)
+                task = task._replace(train_step=step)
             steps["backward"] = compile_step(compiled_steps.backward_program(task, shapes))
             losses = work.count_backward_losses(task, abstract_run.config)
             if losses > 1 and not isinstance(abstract_run.config, AuditConfig):
-                program = compiled_steps.backward_of_each_program(task, shapes, losses)
+                program = compiled_steps.backward_of_each_program(task, shapes, losses, at_highest)
                 steps[f"backward, of {losses} losses"] = compile_step(program)
     config = abstract_run.config
     judges_as_training = task.outer_objective.losses is task.objective.losses

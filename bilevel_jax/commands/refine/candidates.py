@@ -348,6 +348,7 @@ class _OuterSteps:
             self.trainer, weights, self.start, turn_training_stream(self.task, seed, turn), step,
             is_first=self.round_number == step == 0,
             halves_seed=halves_seed, dev_seed=seed if evidence == "dev" else None, turn=turn,
+            with_product_error=step == 0,
         )  # fmt: skip
         check_hypergradient_finite(estimate, f"round {self.round_number}, outer step {step},")
         draw = measure_estimate_reliability(
@@ -374,6 +375,7 @@ class _OuterSteps:
             "share_after": share,
             "is_stepped": is_above_floor,
             **reliability_to_record(draw),
+            **product_error_to_record(estimate),
             **pooling,
             **({} if validation_weight is None else {"validation_weight": validation_weight}),
             "work": self.session.work_done - work_before,
@@ -461,7 +463,8 @@ def summarize_reliability(
     """What result.json holds of the reliability of a candidate's hypergradients: the draws of its first and of its last
     step, None where nothing was measured; how many hypergradients there were; whether validation was used up before all
     steps were made, whether the step of the last one would have left the weights on few examples, and why nothing could
-    be measured, in words. Of pooled steps how reliable their parts were in the first and in the last, too."""
+    be measured, in words. Of pooled steps how reliable their parts were in the first and in the last, too, and where
+    outer.product_precision is lower what that changes in the first."""
     pooled = [record["pooling"] for record in records if "pooling" in record]
     return {
         "first": records[0]["reliability_draw"],
@@ -471,7 +474,14 @@ def summarize_reliability(
         "is_concentrated": is_concentrated,
         "why_not": why_not,
         **({"pooling": {"first": pooled[0], "last": pooled[-1]}} if pooled else {}),
+        **{key: records[0][key] for key in ("product_error",) if key in records[0]},
     }
+
+
+def product_error_to_record(estimate: Estimate) -> dict[str, float]:
+    """What a record holds of what lower precision of the products in the steps back changes, where it was measured."""
+    error = float(estimate.checks.product_error)
+    return {} if np.isnan(error) else {"product_error": error}
 
 
 def why_no_reliability(task: TextTask, outer: OuterSection) -> str:

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from bilevel_jax.core.certify import Reliability
 from bilevel_jax.core.certify.reliability import NEEDED_FOR
+from bilevel_jax.core.certify.verdict import PRODUCT_TOLERANCE
 from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.engine.reliability import known_reliability, reliability_from_json
 from bilevel_jax.runs.report import figures
@@ -73,6 +74,7 @@ def render_refine_report(folder: Path, name: str, result: JsonObject, config_tex
         rounds=rounds_table(result),
         reliability=describe_reliability(result),
         refused_steps=describe_refused_steps(result),
+        product_errors=describe_product_errors(result),
         validation_weights=describe_validation_weights(result),
         responses=responses_table(result) if result["examples"] else None,
         mean_weights=mean_weights_table(result),
@@ -157,6 +159,7 @@ def _reliability_columns(candidates: list[JsonObject]) -> list[Column]:
     columns = [
         Column("reliability", by_halves, "first step, by halves of validation"),
         Column("reliability", by_dev, "last step, by dev"),
+        Column("product error", [read_product_error(one) for one in candidates], "share of the first hypergradient"),
     ]
     return [column for column in columns if any(cell is not None for cell in column.cells)]
 
@@ -291,6 +294,29 @@ def read_reliability(candidate: JsonObject) -> tuple[Reliability | None, Reliabi
     return (first and reliability_from_json(first)), (last and reliability_from_json(last))
 
 
+def read_product_error(candidate: JsonObject) -> float | None:
+    """What outer.product_precision changes in the first hypergradient of a candidate, or of a generator's rewards, as a
+    share of its norm; None at the highest."""
+    error = (candidate.get("reliability") or {}).get("product_error")
+    return None if error is None else float(error)  # infinity is text in JSON
+
+
+def describe_product_errors(result: JsonObject) -> list[str]:
+    """A line for each round whose hypergradients products of lower precision change."""
+    lines = []
+    for record in result["records"]:
+        sources = [("the rewards", record.get("generator") or {})]
+        sources += [(f"the weights of {one['name']}", one) for one in record["candidates"]]
+        for name, source in sources:
+            if (error := read_product_error(source)) is not None:
+                much = ", too much to believe them: raise it, or lower optimizer.learning_rate"
+                lines.append(
+                    f"Round {record['step']}: outer.product_precision changes the hypergradients behind {name} by "
+                    f"{error:.1%} of their norm{much if error > PRODUCT_TOLERANCE else ''}."
+                )
+    return lines
+
+
 def describe_reliability(result: JsonObject) -> JsonObject:
     """What the report says of how far weights and rewards speak for other examples: a line for those of each round, or
     why there is none."""
@@ -342,9 +368,13 @@ def _has_refused_step(candidate: JsonObject) -> bool:
 
 
 def format_reliability(candidate: JsonObject) -> str:
-    """The reliability of a candidate's hypergradients, first → last, and whether a step was refused, for the line of a
+    """The reliability of a candidate's hypergradients, first → last, what products of lower precision change in the
+    first, and whether a step was refused, for the line of a
     round; "" without any."""
     refused = f"weights of {candidate['reliability']['steps'] - 1} steps" if _has_refused_step(candidate) else ""
+    error = read_product_error(candidate)
+    rounded = f"product error {error:.1%}{' (!)' if error > PRODUCT_TOLERANCE else ''}" if error is not None else ""
+    refused = "   ".join(filter(None, [rounded, refused]))
     first, last = read_reliability(candidate)
     if first is None and last is None:
         return refused

@@ -15,6 +15,7 @@ from bilevel_jax.commands.refine.artifacts import run_saved_job
 from bilevel_jax.commands.refine.candidates import (
     ROUND_SEED_STRIDE,
     candidate_outer,
+    product_error_to_record,
     summarize_reliability,
     why_no_reliability,
 )
@@ -134,6 +135,7 @@ def _differentiate(
     trajectory, estimate = train_and_estimate(
         trainer, weights, trainer.init_state(start_params), task.training_stream(seed), 0, is_first=number == 0,
         halves_seed=seed if evidence == "halves" else None, dev_seed=seed if evidence == "dev" else None,
+        with_product_error=True,
     )  # fmt: skip
     check_hypergradient_finite(estimate, f"the rewards of round {number}")
     by_place = None
@@ -148,7 +150,7 @@ def _differentiate(
         trained=rows, is_learned=round_task.is_fitted or evidence == "dev",
     )  # fmt: skip
     summary = summarize_reliability(
-        [reliability_to_record(draw)],
+        [reliability_to_record(draw) | product_error_to_record(estimate)],
         is_used_up=False,
         is_concentrated=False,
         why_not=why_no_reliability(task, outer),

@@ -1,5 +1,6 @@
 """Validation examples whose loss rises when the others choose the training weights."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,7 +69,8 @@ class Contradictions(NamedTuple):
 def apply_contradictions(task: TextTask, config: SelectConfig, session: Session) -> tuple[TextTask, dict[str, Any]]:
     """Measure, write down what contradicts, and drop it if that is asked for: the task to go on with, and what
     result.json holds."""
-    contradictions = measure_contradictions(task, config, Trainer(task, config.outer, session), session)
+    outer = replace(config.outer, product_precision="highest")  # nothing has measured yet what a lower one changes
+    contradictions = measure_contradictions(task, config, Trainer(task, outer, session), session)
     summary = summarize_contradictions(contradictions, config)
     session.print_line(summary["sentence"])
     write_contradictions(session.folder, task, contradictions, config)

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from jaxtyping import Int
 
-from bilevel_jax.core import tree
 from bilevel_jax.core.certify.finite_differences import STEP_SIZES, check_finite_differences, sign_direction
+from bilevel_jax.core.certify.products import measure_product_error
 from bilevel_jax.core.certify.reliability import (
     Reliability,
     measure_reliability,
@@ -103,7 +103,8 @@ def check(
 
     if solver.at_highest is not None:
         exact = solver.at_highest.run(solution.start, solution.hyper, train, valid, throw=False, **given).grad
-        checks = checks._replace(product_error=float(tree.relative_error(solution.grad, exact)))
+        error = measure_product_error(solution.grad, exact, is_per_example=solver.is_per_example)
+        checks = checks._replace(product_error=error)
         without = without._replace(checks=checks)
 
     def retrain(hyper: Hyper) -> float:

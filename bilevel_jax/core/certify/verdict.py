@@ -25,7 +25,7 @@ RATIO_TOLERANCE, RATIO_LIMIT, RATIO_LARGE = 0.05, 0.1, 0.3
 is judged, from where on the claim is about small changes alone."""
 PRODUCT_TOLERANCE, PRODUCT_LIMIT = 0.05, 0.1
 """The share of the gradient's norm that rounded products of the steps back may change to BELIEVE, and from where on DO
-NOT BELIEVE."""
+NOT BELIEVE: as much as a ratio may be off, and not calibrated on retrains."""
 SMOOTH_SMALL, SMOOTH_UNEVEN, SMOOTH_LIMIT = 0.8, 0.9, 0.3
 """Metasmoothness wanted for small changes, and for those at uneven weights (SMOOTH_LARGE for changes of half of the
 data), and from where on down DO NOT BELIEVE."""
@@ -151,10 +151,10 @@ def judge_certificates(certificates: Certificates) -> Verdict:
     outside the validation set; below .3 it does not. Where no retrain has read such a loss, the reliability decides, by
     the same two numbers.
 
-    The thresholds come from the settings of tests/benchmarks/calibration.py, whose table is in the README there: of
-    those BELIEVEd none had a rank correlation below .7 over retrains without a tenth, or below .5 without a half. They
-    are no theorem. Wrong where the changes that one makes are unlike those tested: the differences move all
-    weights along the gradient's signs, the removals leave out random examples.
+    The thresholds, but for those of rounded products, come from the settings of tests/benchmarks/calibration.py, whose
+    table is in the README there: of those BELIEVEd none had a rank correlation below .7 over retrains without a tenth,
+    or below .5 without a half. They are no theorem. Wrong where the changes that one makes are unlike those tested: the
+    differences move all weights along the gradient's signs, the removals leave out random examples.
 
     Args:
         certificates: the checks of one estimate.
@@ -438,8 +438,9 @@ def _find_nonfinite(certificates: Certificates) -> str:
 
 
 def _explain_products(checks: Checks) -> tuple[str, str]:
-    """The ratios do not tell it: where errors of the entries have either sign, they cancel along the gradient."""
-    reason = f"rounded matrix products of the steps back change it by {float(checks.product_error):.1%} of its norm."
+    """The ratios need not tell it: errors of entries that have either sign cancel in the sum along the gradient."""
+    reason = "rounded matrix products of the steps back change the hypergradient by "
+    reason += f"{float(checks.product_error):.1%} of its norm."
     return reason, "Raise the precision of these products (product_precision), or lower the learning rate."
 
 

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from bilevel_jax.core import tree
 from bilevel_jax.core.training import forward_only_step
-from bilevel_jax.core.types import Adjoint, Batch, Params, TrainState
+from bilevel_jax.core.types import Adjoint, Batch, Params, TrainState, TrainStep
 from bilevel_jax.core.unrolled import step_of_each
 from bilevel_jax.lm.data import batches
 from bilevel_jax.lm.data.tokens import Corpus
@@ -99,8 +99,10 @@ def backward_program(task: TextTask, shapes: StepShapes) -> Program:
     return Program(task.train_step.backward, arguments)
 
 
-def backward_of_each_program(task: TextTask, shapes: StepShapes, num_losses: int) -> Program:
-    """A step back of several outer losses side by side."""
+def backward_of_each_program(
+    task: TextTask, shapes: StepShapes, num_losses: int, step_of_last: TrainStep | None = None
+) -> Program:
+    """A step back of several outer losses side by side, of which the last may have a step of its own."""
     adjoints = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
             (num_losses, *leaf.shape), leaf.dtype, sharding=_behind_losses(leaf.sharding)
@@ -108,7 +110,7 @@ def backward_of_each_program(task: TextTask, shapes: StepShapes, num_losses: int
         shapes.adjoint,
     )
     arguments = (shapes.state, shapes.params, shapes.hyper_slice, shapes.frozen, shapes.batch, adjoints)
-    return Program(step_of_each(task.problem, task.train_step, keep_bits=True).backward, arguments)
+    return Program(step_of_each(task.problem, task.train_step, True, step_of_last).backward, arguments)
 
 
 def _behind_losses(sharding: NamedSharding) -> NamedSharding:

@@ -293,8 +293,8 @@ def count_candidate_work(
         num_extra_losses[choose_round_evidence(outer, step, sizes, is_fitted=is_fitted or step > 0)]
         for step in range(outer.steps)
     )
-    extra_losses += measures_product_error(outer)
     work = max_steps * (1 + outer.steps * (1 + REPLAY_WORK + HVP_WORK) + EXTRA_LOSS_WORK * extra_losses)
+    work += max_steps * HVP_WORK * measures_product_error(outer)
     if pooled_epoch is not None:  # the losses at the end of the first training, and models of validation
         work += FORWARD_WORK * pooled_epoch + count_validation_models_work(max_steps, pooled_epoch)
     return work
@@ -327,8 +327,8 @@ def _estimate_of_each(outer: OuterSection, hypergradient: WorkStage, num_losses:
 
 
 def _product_error_stage(outer: OuterSection, hypergradient: WorkStage) -> WorkStage:
-    """What it adds to a hypergradient to have it once more at the highest precision."""
-    return _estimate_of_each(outer, hypergradient, 1 + measures_product_error(outer))
+    """What it adds to a hypergradient to have it once more at the highest precision, with primal passes of its own."""
+    return WorkStage("", backward_steps=hypergradient.backward_steps * measures_product_error(outer))
 
 
 def _reliability_stage(task: Task, outer: OuterSection, steps: int, epoch_steps: int) -> WorkStage:

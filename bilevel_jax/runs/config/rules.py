@@ -146,8 +146,6 @@ UNREAD_BY_REFINE = {
 
 def _goes_back_through_training(config: Any) -> bool:
     """Whether a run has hypergradients by unrolled differentiation."""
-    if hasattr(config, "compare"):
-        return not {"unrolled", "window", *POOLED_METHODS}.isdisjoint(config.compare.methods)
     if hasattr(config, "refine"):
         return "unrolled" in config.refine.methods or trains_generator(config)
     return config.outer.method in ("unrolled", "window")
@@ -230,7 +228,12 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "outer.product_precision",
-        lambda c: c.outer.product_precision == "highest" or hasattr(c, "audit") or _goes_back_through_training(c),
+        lambda c: (
+            c.outer.product_precision == "highest"
+            or hasattr(c, "audit")
+            or hasattr(c, "compare")
+            or _goes_back_through_training(c)
+        ),
         "is that of hypergradients that go back through training (unrolled, window), and this run has none: leave it "
         "at highest",
     ),
@@ -239,6 +242,11 @@ CONFIG_RULES: tuple[Rule, ...] = (
         lambda c: c.outer.product_precision == "highest" or not hasattr(c, "audit"),
         "audit judges estimates by exact hypergradients, whose products have the highest precision: leave it at "
         "highest",
+    ),
+    (
+        "outer.product_precision",
+        lambda c: c.outer.product_precision == "highest" or not hasattr(c, "compare"),
+        "methods are compared by passes over the data, of which a lower precision saves none: leave it at highest",
     ),
     (
         "outer.product_precision",

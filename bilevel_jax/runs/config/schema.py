@@ -586,8 +586,8 @@ class OuterSection:
     """unrolled, window: store linearized steps, a quarter less work in the backward pass for more memory."""
 
     product_precision: Literal["highest", "high", "default"] = "highest"
-    """unrolled, window: precision of the matrix products in the steps back. Below the highest they are faster on
-    accelerators, with an error that the first step and the certificates measure; training has the highest."""
+    """unrolled, window: precision of the matrix products in the steps back, for accelerators. Below the highest there
+    is an error, which the first step and the certificates measure; training has the highest."""
 
     proximal: float = 0.0
     """Coefficient delta of the term delta/2 |params - initial|^2 in the training loss; implicit needs it above 0."""

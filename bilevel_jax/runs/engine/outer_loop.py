@@ -32,6 +32,7 @@ from bilevel_jax.runs.engine.folds import (
 from bilevel_jax.runs.engine.raters import RaterFeatures, make_rater_features, make_rater_weighting
 from bilevel_jax.runs.engine.reliability import (
     FLOOR_REASON,
+    describe_product_error,
     fields_to_json,
     is_reliability_at_floor,
     measure_estimate_reliability,
@@ -275,8 +276,10 @@ class OuterLoop:
             halves_seed = None
         trajectory, estimate = train_and_estimate(
             self.trainer, weights, start, stream, step, is_first=step == 0,
-            halves_seed=halves_seed, dev_seed=seed if reads_dev else None, turn=turn,
+            halves_seed=halves_seed, dev_seed=seed if reads_dev else None, turn=turn, with_product_error=step == 0,
         )  # fmt: skip
+        if words := describe_product_error(self.outer, float(estimate.checks.product_error)):
+            self.session.print_line(words)
         check_hypergradient_finite(estimate, f"outer step {step}", alternative=", or use outer.method: window")
         record = self._make_record(step, weights, trajectory, estimate, turn)
         self._update_tables(record, trajectory, weights, estimate.grad)
@@ -496,11 +499,12 @@ def train_and_estimate(
     halves_seed: int | None = None,
     dev_seed: int | None = None,
     turn: Turn | None = None,
+    with_product_error: bool = False,
 ) -> tuple[Trajectory, Estimate]:
     """Train from `start` with these weights, and estimate the hypergradient at its end; resumable as outer step `step`.
 
-    The first step checks that the optimizer's update has a finite derivative, and measures what lower precision of the
-    products in the steps back changes. The seeds are those of
+    The first step checks that the optimizer's update has a finite derivative. The seeds and `with_product_error` are
+    those of
     `Trainer.estimate`; `turn` says which examples `stream` holds, and which judge.
     """
     task = trainer.task
@@ -510,7 +514,7 @@ def train_and_estimate(
         check_differentiable(task.train_step, task.optimizer, trajectory, weights, frozen, stream)
     return trajectory, trainer.estimate(
         trajectory, weights, stream, outer_step=step, halves_seed=halves_seed, dev_seed=dev_seed, turn=turn,
-        with_product_error=is_first,
+        with_product_error=with_product_error,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from bilevel_jax.core.certify import (
     measure_reliability,
     measure_reliability_against,
 )
+from bilevel_jax.core.certify.verdict import PRODUCT_TOLERANCE
 from bilevel_jax.core.types import Checks, Estimate
 from bilevel_jax.runs.config.schema import OuterSection
 from bilevel_jax.runs.engine.folds import Turn, count_judges
@@ -88,6 +89,16 @@ def measure_estimate_reliability(
         return Reliability(math.nan, math.nan, num_validation) if is_impossible else None
     draw = measure_reliability(fetch(weights), fetch(estimate.grad), fetch(estimate.half_difference), num_validation)
     return draw._replace(is_fitted=is_learned)
+
+
+def describe_product_error(outer: OuterSection, error: float) -> str:
+    """What lower precision of the products in the steps back changes, in a sentence; "" where it was not measured."""
+    if np.isnan(error):
+        return ""
+    words = f"outer.product_precision = {outer.product_precision} changes the hypergradient by {error:.2%} of its norm"
+    if error > PRODUCT_TOLERANCE:
+        words += ", too much to believe it: raise the precision, or lower optimizer.learning_rate"
+    return f"{words}."
 
 
 def reliability_to_record(draw: Reliability | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from bilevel_jax.core import certify, checkpointing, curvature, solvers, tree
-from bilevel_jax.core.certify.verdict import PRODUCT_TOLERANCE
+from bilevel_jax.core.certify.products import measure_product_error
 from bilevel_jax.core.implicit import implicit_estimator
 from bilevel_jax.core.streams import halve_stream
 from bilevel_jax.core.training import init_train_state, train, with_product_precision
@@ -93,8 +93,8 @@ class Trainer:
         self._backward_pass_of_each: BackwardPass | None = None
         self._backward_pass_with_highest: BackwardPass | None = None
         """Of several outer losses, the last of them with products of the highest precision."""
-        self._num_losses = 1
-        """How many outer losses go back side by side."""
+        self._step_back_work = backward_step_work(1)
+        """Of all outer losses that go back side by side, in training steps."""
         if outer.method in ("unrolled", "window"):
             on_replay = lambda step: self._pause()  # noqa: E731
             step = with_product_precision(task.train_step, task.problem, task.optimizer, outer.product_precision)
@@ -102,7 +102,7 @@ class Trainer:
                 task.problem,
                 step,
                 window=window,
-                on_step=lambda step: session.advance(backward_step_work(1)),
+                on_step=lambda step: session.advance(self._step_back_work),
                 on_replay=on_replay,
             )
             make_pass_of_each = partial(
@@ -111,12 +111,12 @@ class Trainer:
                 step,
                 keep_bits=True,  # what is measured beside the hypergradient changes it by rounding at most
                 window=window,
-                on_step=lambda step: session.advance(backward_step_work(self._num_losses)),
+                on_step=lambda step: session.advance(self._step_back_work),
                 on_replay=on_replay,
             )
             self._backward_pass_of_each = make_pass_of_each()
             if measures_product_error(outer):
-                self._backward_pass_with_highest = make_pass_of_each(last_step=task.train_step)
+                self._backward_pass_with_highest = make_pass_of_each(step_of_last=task.train_step)
         self._pause: Callable[[], None] = lambda: None
         """Saves the backward pass in its middle, if it is time to."""
 
@@ -276,18 +276,21 @@ class Trainer:
     ) -> Estimate:
         """The whole backward pass of one outer loss, or of several side by side, whose estimates lead with [losses]."""
         fixed = self.task.frozen(run.start.params)
-        self._num_losses = 1 if isinstance(validation, Stream) else len(validation)
+        num_losses = 1 if isinstance(validation, Stream) else len(validation)
+        self._step_back_work = backward_step_work(num_losses)
+        if passes is self._backward_pass_with_highest:  # whose last loss has primal passes of its own
+            self._step_back_work = backward_step_work(num_losses - 1) + HVP_WORK
         restored = None if outer_step is None else self._load_mid_step(outer_step, run.start, weights)
         if restored is not None and restored.checkpoint.backward_state.step >= 0:
             backward_state = restored.checkpoint.backward_state
-            self.session.advance(backward_step_work(self._num_losses) * (run.steps - backward_state.step))
+            self.session.advance(self._step_back_work * (run.steps - backward_state.step))
         else:
             backward_state = passes.init(run, weights, fixed, validation)
 
         def pause() -> None:
             if self.session.should_save():
                 if outer_step is not None:
-                    self._save_mid_step(outer_step, run.end, run.snapshots, backward_state, self._num_losses)
+                    self._save_mid_step(outer_step, run.end, run.snapshots, backward_state, num_losses)
                 self.session.mark_saved()
 
         self._pause = pause
@@ -298,15 +301,11 @@ class Trainer:
         delete_stored_states(run)
         return passes.finish(run, backward_state)
 
-    def _add_product_error(self, estimate: Estimate, estimates: Estimate) -> Estimate:
+    @staticmethod
+    def _add_product_error(estimate: Estimate, estimates: Estimate) -> Estimate:
         """With what lower precision of the products changes; the last of the estimates has the highest."""
         highest = jax.tree.map(lambda leaf: leaf[-1], estimates.grad)
-        error = float(_relative_error(estimate.grad, highest))
-        name = f"outer.product_precision = {self.outer.product_precision}"
-        words = f"{name} changes the hypergradient by {error:.2%} of its norm"
-        if error > PRODUCT_TOLERANCE:
-            words += ", too much to believe it: raise it, or lower optimizer.learning_rate"
-        self.session.print_line(f"{words}.")
+        error = measure_product_error(estimate.grad, highest, is_per_example=True)
         return estimate._replace(checks=estimate.checks._replace(product_error=error))
 
     def draw_halves(self, part: str, seed: int) -> Float[np.ndarray, "examples"]:
@@ -575,7 +574,6 @@ def check_finite(
 
 
 _all_finite = jax.jit(tree.all_finite)
-_relative_error = jax.jit(tree.relative_error)
 
 
 def check_hypergradient_finite(estimate: Estimate, name: str, *, alternative: str = "") -> None:
