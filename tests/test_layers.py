@@ -12,6 +12,7 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 # lowest first; a file imports files of its own rank and of those before it. The longest prefix of a path decides.
 RANKS = (
     "core",
+    "storage",
     "lm",
     "scores",
     "runs/stats.py",

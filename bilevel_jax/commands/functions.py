@@ -49,6 +49,7 @@ from bilevel_jax.runs.config.load import (
 )
 from bilevel_jax.runs.config.python_values import make_config, make_config_to_estimate
 from bilevel_jax.runs.infra import distributed, identity, seals
+from bilevel_jax.storage import copies
 
 ConfigLike = Mapping[str, Any] | str | os.PathLike[str] | None
 """Sections by name, the name of a YAML file, or nothing for the defaults."""
@@ -366,7 +367,7 @@ def run_command(config: Any) -> Result:
     function = _import(f"bilevel_jax.commands.{command}.run:{command}")
     with _hold_process(config):
         outcome = function(config)
-        return outcome if isinstance(outcome, InspectResult) else read_run(config, config.output.dir)
+        return outcome if isinstance(outcome, InspectResult) else read_run(config, copies.local_path(config.output.dir))
 
 
 def run_estimate(config: Any, options: Any) -> EstimateResult:
@@ -392,6 +393,7 @@ def _hold_process(config: Any) -> Iterator[None]:
             "another command runs in this process, in another thread. Call them one after the other, or in processes."
         )
     before = jax.config.read("jax_enable_x64")
+    copies.forget_copies()
     try:
         if "model" in vars(config):
             jax.config.update("jax_enable_x64", config.model.param_dtype == "float64")

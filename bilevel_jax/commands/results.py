@@ -1,5 +1,6 @@
 """The results of the commands: frozen dataclasses with arrays, read from the folder of a finished run."""
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from bilevel_jax.runs.evaluation.summary import ANSWERS_FILE, RUN_FOLDER
 from bilevel_jax.runs.infra import run_dir, seals
 from bilevel_jax.runs.report.results import float_or_nan
 from bilevel_jax.runs.stats import BootstrapInterval
+from bilevel_jax.storage import copies
 
 Column = Shaped[np.ndarray, "rows"]
 """Texts, or numbers, one to a row of a table."""
@@ -494,7 +496,7 @@ def read_result(folder: str | Path) -> RunResult:
     """The result of a finished run of a command that makes a folder: any but `inspect`, `estimate`, `export`.
 
     Args:
-        folder: the run's folder, output.dir of its config.
+        folder: the run's folder, output.dir of its config; of a URL a copy is made, which lasts until Python ends.
 
     Returns:
         What the command returned when it made the run.
@@ -507,7 +509,12 @@ def read_result(folder: str | Path) -> RunResult:
         >>> result = bj.commands.read_result("out/quickstart")  # doctest: +SKIP
         >>> result.weights[result.rows(["0c5d1b1a1d4e#0"])]  # doctest: +SKIP
     """
-    folder = Path(folder)
+    copies.forget_copies()
+    with copies.shown_errors():
+        return _read_finished_run(copies.local_path(os.fspath(folder)))
+
+
+def _read_finished_run(folder: Path) -> RunResult:
     for name in (run_dir.CONFIG_FILE, run_dir.RESULT_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: no {name}. Give the folder of a finished run.")

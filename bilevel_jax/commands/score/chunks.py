@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from bilevel_jax.commands.score.scorer import ScoredExamples
 from bilevel_jax.lm.data.examples import Example, example_kind
 from bilevel_jax.runs.infra import run_dir, seals
+from bilevel_jax.storage import copies, urls
 
 RADIX_BITS = 16
 Metadata = dict[bytes, bytes]
@@ -160,6 +161,7 @@ def count_rows(paths: Sequence[str]) -> int | None:
     """The rows of some files without reading their text, for the progress bar; None where that takes a reading."""
     total = 0
     for path in paths:
+        path = str(copies.local_path(path)) if urls.is_url(path) else path
         if not Path(path).is_file() or Path(path).suffix not in (".jsonl", ".parquet"):
             return None
         if Path(path).suffix == ".parquet":

@@ -7,6 +7,8 @@ What is read, by the end of the name:
     a folder        written by `datasets.save_to_disk`; `folder@split` where it holds several splits
     hub:name@split  a data set of the Hugging Face hub, `hub:name:config@split`; needs a network
     .jsonl.gz and .json.gz are unpacked on the way.
+    Each but the last may lie on object storage: s3://bucket/rows.jsonl, gs://bucket/folder@split. It is copied to this
+    machine whole, once, before it is read.
 
 A key whose value is null or NaN is an absent key, at any depth: in tables every row has every column, so the same rows
 read from JSON lines and from a table are equal. What cannot be read is a ValueError or an OSError with the file, the
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel_jax.lm.data.json_rows import drop_nulls, open_error, read_json, read_jsonl
+from bilevel_jax.storage import copies, urls
 
 
 def read_rows(path: str, *, streaming: bool = False) -> Iterator[tuple[int, Any]]:
@@ -32,6 +35,11 @@ def read_rows(path: str, *, streaming: bool = False) -> Iterator[tuple[int, Any]
     A .json file is held in memory whole; the others are read as they are asked for. With `streaming`, a data set of the
     hub is streamed instead of downloaded first; it then knows no slices such as train[:9].
     """
+    if urls.is_url(path):
+        with copies.shown_errors():
+            url, split = urls.split_dataset_url(path)
+            yield from read_rows(f"{copies.local_path(url)}{split}")
+        return
     if path.startswith("hub:"):
         rows: Iterable[Any] = _load_hub_dataset(path, streaming)
     elif os.path.isdir(folder := path.partition("@")[0]):

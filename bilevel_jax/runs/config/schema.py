@@ -692,7 +692,7 @@ class OutputSection:
     """The output folder."""
 
     dir: Annotated[str, Required("name the run's folder")] = "out"
-    """Folder of the run; an existing run is never overwritten."""
+    """Folder of the run, here or at s3:// or gs://; an existing run is never overwritten."""
 
     resume: bool = False
     """Continue the run in that folder."""
@@ -709,7 +709,7 @@ class TrainOutputSection:
     """The output folder and the form of the trained model."""
 
     dir: Annotated[str, Required("name the run's folder")] = "out"
-    """Folder of the run; an existing run is never overwritten."""
+    """Folder of the run, here or at s3:// or gs://; an existing run is never overwritten."""
 
     resume: bool = False
     """Continue the run in that folder."""

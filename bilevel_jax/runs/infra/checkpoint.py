@@ -3,7 +3,8 @@
 A step is one folder, renamed into place when whole:
 
     step_0000000012/
-      arrays/          what orbax writes
+      arrays/          what orbax writes; on object storage arrays_2/ of a step that takes the place of another with
+                       arrays/: the files of the one that counts stay until the next has its manifest
       manifest.json    every leaf (path, shape, dtype), meta, and the SHA-256 of every file; itself hashed, written last
 
 orbax alone restores a flipped byte silently as a wrong number, and takes a truncated step for the latest one.
@@ -23,8 +24,11 @@ import orbax.checkpoint as ocp
 from bilevel_jax.runs.infra import distributed, seals
 from bilevel_jax.runs.infra.run_dir import disk_full_error, fsync_path, remove_folder
 from bilevel_jax.runs.infra.seals import MANIFEST_FILE
+from bilevel_jax.storage import copies
 
 PyTree = Any
+ARRAYS_FOLDERS = ("arrays", "arrays_2")
+"""In the folder of a step: what orbax writes, the one or the other."""
 MID_STEP_FOLDER = "inner"
 """In the run's checkpoints: what is saved in the middle of an outer step."""
 
@@ -63,7 +67,10 @@ def _save_step(
     final = _step_folder(folder, step)
     part = folder / f".{final.name}.part"
     leaves = _flatten(tree)
+    arrays_folder = _choose_arrays_folder(final)
     manifest = {"step": step, "meta": meta, "leaves": [_describe_leaf(name, leaf) for name, leaf in leaves]}
+    if arrays_folder != ARRAYS_FOLDERS[0]:
+        manifest["arrays"] = arrays_folder
     seals.format_json(manifest)  # a meta that is not JSON fails here, before anything is written
     is_first = distributed.is_first_process()
 
@@ -82,7 +89,7 @@ def _save_step(
         arrays = {_leaf_key(i): _to_storable(leaf) for i, (_, leaf) in enumerate(leaves) if _is_stored(leaf)}
         if arrays:
             with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save((part / "arrays").absolute(), arrays)
+                checkpointer.save((part / arrays_folder).absolute(), arrays)
         distributed.run_on_first_process(finish)
     except BaseException as error:
         if is_first:
@@ -230,7 +237,7 @@ def _load_tree(path: Path, manifest: dict[str, Any], like: PyTree) -> PyTree:
     arrays = {}
     if target:
         with ocp.StandardCheckpointer() as checkpointer:
-            arrays = checkpointer.restore((path / "arrays").absolute(), target)
+            arrays = checkpointer.restore((path / manifest.get("arrays", ARRAYS_FOLDERS[0])).absolute(), target)
     leaves = [
         _from_storable(leaf, arrays[_leaf_key(i)]) if _is_stored(leaf) else _from_manifest(leaf, record)
         for i, ((_, leaf), record) in enumerate(zip(named_leaves, stored_leaves, strict=True))
@@ -273,6 +280,15 @@ def _step_folder(folder: str | Path, step: int) -> Path:
     return Path(folder) / f"step_{step:010d}"
 
 
+def _choose_arrays_folder(final: Path) -> str:
+    """Where orbax writes a step: of a published one, not where the arrays of the step lie whose place it takes."""
+    first, second = ARRAYS_FOLDERS
+    if copies.find_working_copy(final) is None:
+        return first
+    replaced = _verify(final, contents=False)[0]
+    return second if replaced is not None and replaced.get("arrays", first) == first else first
+
+
 def _write_manifest(part: Path, manifest: dict[str, Any], final: Path | None) -> None:
     """Write the manifest of `part`, last; `final`: the place where a run should expect it from now on."""
     files = sorted(path for path in part.rglob("*") if path.is_file())
@@ -295,6 +311,7 @@ def _move_into_place(part: Path, final: Path) -> None:
         final.rename(old)
     part.rename(final)
     fsync_path(final.parent)
+    copies.publish_folder(final, last=MANIFEST_FILE)
     shutil.rmtree(old, ignore_errors=True)
 
 

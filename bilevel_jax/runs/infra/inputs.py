@@ -8,6 +8,7 @@ from typing import Any
 from bilevel_jax.lm.checkpoint.folders import find_model_folder
 from bilevel_jax.runs.config.rules import flatten_config, is_evaluation, names_function
 from bilevel_jax.runs.infra import run_dir, seals
+from bilevel_jax.storage import copies, urls
 
 INPUTS_FILE = seals.INPUTS_FILE
 INPUT_FILE_KEYS = (
@@ -28,7 +29,7 @@ END_BYTES = 1 << 24
 
 
 def list_input_files(config: Any) -> dict[str, list[Path]]:
-    """key of the config -> the files that its value names; of a folder, all that lie in it.
+    """key of the config -> the files that its value names; of a folder, all that lie in it; of a URL, a copy.
 
     Hub names and built-in tasks name no file: the first are not watched, the second are made from the config.
     """
@@ -61,7 +62,7 @@ def record_inputs(config: Any, folder: Path) -> None:
     path = folder / INPUTS_FILE
     if not path.exists():
         file_records = {
-            key: {str(file): _describe_file(file) for file in key_files}
+            key: {copies.show(str(file)): _describe_file(file) for file in key_files}
             for key, key_files in list_input_files(config).items()
         }
         run_dir.write_json(path, file_records)
@@ -76,7 +77,9 @@ def check_inputs_unchanged(config: Any, folder: Path) -> None:
     if not path.exists():
         return  # stopped before it had read its input
     recorded = run_dir.read_json(path)
-    current = {key: {str(file): file for file in key_files} for key, key_files in list_input_files(config).items()}
+    current = {
+        key: {copies.show(str(file)): file for file in key_files} for key, key_files in list_input_files(config).items()
+    }
     changes = [
         f"{key}: {name} {words}"
         for key in sorted({*recorded, *current})
@@ -115,6 +118,9 @@ def _list_paths(key: str, value: Any) -> Iterator[Path]:
         if key in FUNCTION_KEYS:
             if names_function(item):
                 yield Path(item.rpartition(":")[0])
+            continue
+        if urls.is_url(item):
+            yield copies.local_path(urls.split_dataset_url(item)[0])
             continue
         folder, at, _ = str(item).partition("@")
         yield Path(folder) if at and not Path(item).exists() and Path(folder).is_dir() else Path(item)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from bilevel_jax.runs.infra import distributed, seals
 from bilevel_jax.runs.infra.run_dir import disk_full_error, fsync_path
+from bilevel_jax.storage import copies
 
 
 class LineEnd(NamedTuple):
@@ -41,6 +42,7 @@ class Journal:
         if not self.path.exists():
             seals.note_journal(self.path, 0, seals.find_journal_start(self.path))
             self.path.touch()
+            copies.publish(self.path)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Append one JSON object, after cutting off a torn last line."""
@@ -56,6 +58,7 @@ class Journal:
                 if self._fsync:
                     os.fsync(file.fileno())
                 self._written = LineEnd(size + len(line), self._written.lines + 1, seal)
+            copies.publish_later(self.path)
         except OSError as error:
             if disk_full := disk_full_error(self.path, error):
                 raise disk_full from error
@@ -79,6 +82,7 @@ class Journal:
             fsync_path(self.path)
             if size := self.path.stat().st_size:
                 self._written = self._find_end(size)
+                copies.publish(self.path)
                 seals.note_journal(self.path, self._written.size, self._written.seal)
 
     def _find_end(self, size: int) -> LineEnd:

@@ -14,7 +14,7 @@ import socket
 import uuid
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import yaml
 
 from bilevel_jax.runs.config.local_paths import hide_local_paths
 from bilevel_jax.runs.infra import distributed, seals
+from bilevel_jax.storage import copies
 
 CONFIG_FILE = seals.CONFIG_FILE  # the resolved config: what makes a folder a run's folder
 LOCK_FILE = ".lock"
@@ -36,6 +37,8 @@ WORK_FOLDERS = ("checkpoints", "parts", "harness", INPUT_FOLDER)
 LEFTOVER_FILE = re.compile(r"\..+\.[0-9]+\.part")
 LEFTOVER_FOLDER = re.compile(r"\.(?P<name>step_[0-9]+)\.(?P<kind>part|old)|\..+\.[0-9a-f]{32}")
 """What a process that was killed leaves behind: what it had not finished writing, and what it was about to remove."""
+STEP_FILE = re.compile(r"(?P<step>(?:.*/)?step_[0-9]+)/")
+"""The name of a file of a checkpoint."""
 
 
 def create_run_dir(path: str | Path, resume: bool = False) -> Path:
@@ -43,27 +46,30 @@ def create_run_dir(path: str | Path, resume: bool = False) -> Path:
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; choose another folder with --out.")
-    if resume:
-        if not (path / CONFIG_FILE).is_file() and (path / seals.ENVIRONMENT_FILE).is_file():
-            raise FileNotFoundError(
-                f"{path / CONFIG_FILE} is missing; put back a copy of it, or start a new run with --out."
-            )
-        if not (path / CONFIG_FILE).is_file():
-            raise FileNotFoundError(f"{path} holds no run ({CONFIG_FILE} is missing); start one without --resume.")
-        return path
-    known_names = (LOCK_FILE, seals.SEALS_FILE)
     names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
-    was_run = any(name in known_names for name in names)
-    present_names = [
-        name for name in names if name not in known_names and not (was_run and _find_leftover(path / name))
-    ]
-    if CONFIG_FILE in present_names:
-        raise FileExistsError(f"{path} holds a run; go on with it by --resume, or choose another folder with --out.")
-    if present_names:
-        shown_names = ", ".join(present_names[:3]) + (", ..." if len(present_names) > 3 else "")
-        raise FileExistsError(f"{path} is not empty ({shown_names}); choose another folder with --out.")
+    if LOCK_FILE in names or seals.SEALS_FILE in names:
+        names = [name for name in names if not _find_leftover(path / name)]
+    check_run_names(path, names, resume)
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def check_run_names(folder: str | Path, names: Iterable[str], resume: bool) -> None:
+    """Raise an error unless a folder with such names can take a new run, or holds one to resume."""
+    present_names = [name for name in names if name not in (LOCK_FILE, seals.SEALS_FILE)]
+    if resume:
+        if CONFIG_FILE in present_names:
+            return
+        if seals.ENVIRONMENT_FILE in present_names:
+            raise FileNotFoundError(
+                f"{folder}/{CONFIG_FILE} is missing; put back a copy of it, or start a new run with --out."
+            )
+        raise FileNotFoundError(f"{folder} holds no run ({CONFIG_FILE} is missing); start one without --resume.")
+    if CONFIG_FILE in present_names:
+        raise FileExistsError(f"{folder} holds a run; go on with it by --resume, or choose another folder with --out.")
+    if present_names:
+        shown_names = ", ".join(present_names[:3]) + (", ..." if len(present_names) > 3 else "")
+        raise FileExistsError(f"{folder} is not empty ({shown_names}); choose another folder with --out.")
 
 
 @contextlib.contextmanager
@@ -98,7 +104,8 @@ def check_files(folder: Path) -> None:
     if not is_finished or not all(damage.heals for damage in damages):
         seals.raise_damage(folder, damages, is_finished)
     elif damages:
-        warnings.warn(f"{seals.format_damages(folder, damages)}. It is made again where it is needed.", stacklevel=2)
+        damage_text = copies.show(seals.format_damages(folder, damages))
+        warnings.warn(f"{damage_text}. It is made again where it is needed.", stacklevel=2)
 
 
 def _find_earlier_version(folder: Path) -> str:
@@ -117,8 +124,10 @@ def _find_earlier_version(folder: Path) -> str:
 def reopen_run(folder: Path) -> None:
     """Let a run that is resumed write again: until it has come to its end, its ledger alone holds its seals."""
     (folder / seals.MANIFEST_FILE).unlink(missing_ok=True)
+    copies.remove(folder / seals.MANIFEST_FILE)
     for name in seals.Ledger(folder).settle():
-        warnings.warn(f"{folder / name} is missing. It begins anew: what it held is not in the report.", stacklevel=2)
+        text = f"{folder / name} is missing. It begins anew: what it held is not in the report."
+        warnings.warn(copies.show(text), stacklevel=2)
 
 
 def restore_manifest(folder: Path) -> bool:
@@ -148,6 +157,13 @@ def sweep_leftovers(folder: str | Path) -> None:
             _remove_leftover(entry)
         elif entry.name in WORK_FOLDERS:
             _sweep_work_folder(entry)
+
+
+def find_unfinished(names: Iterable[str]) -> set[str]:
+    """Of the names in the folder of a run, those in checkpoints without a manifest: a killed process wrote them."""
+    names = set(names)
+    steps = {name: match["step"] for name in names if (match := STEP_FILE.match(name))}
+    return {name for name, step in steps.items() if f"{step}/{seals.MANIFEST_FILE}" not in names}
 
 
 def _sweep_work_folder(folder: Path) -> None:
@@ -181,6 +197,7 @@ def remove_folder(folder: Path) -> None:
 
     Nothing happens where there is none.
     """
+    copies.remove_folder(folder, first=seals.MANIFEST_FILE)
     trash = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):
         folder.rename(trash)
@@ -285,6 +302,7 @@ def atomic_replace(path: str | Path) -> Iterator[Path]:
         seals.note_file(path, part)
         os.replace(part, path)
         fsync_path(path.parent)
+        copies.publish(path)
     except BaseException as error:
         part.unlink(missing_ok=True)
         if disk_full := disk_full_error(path, error):

@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bilevel_jax.storage import copies
+
 SEALS_FILE, MANIFEST_FILE = "seals.jsonl", "manifest.json"
 CONFIG_FILE, INPUTS_FILE, ENVIRONMENT_FILE, TOKENS_FILE = NOT_REMADE = (
     "config.yaml", "inputs.json", "environment.json", "tokens.json",
@@ -295,6 +297,7 @@ class Ledger:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
+            copies.publish(self.path)
             self.read()
 
     def find_difference(self, name: str) -> str:
@@ -374,6 +377,7 @@ def begin(folder: Path) -> None:
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
+    copies.publish(path)
     hold(folder)
 
 
@@ -405,6 +409,7 @@ def note_removal(path: Path) -> None:
     if found := _find_open_run(path):
         ledger, name = found
         ledger.append({name: None})
+        copies.remove(path)
 
 
 def note_folder(folder: Path) -> None:
@@ -413,6 +418,7 @@ def note_folder(folder: Path) -> None:
         ledger, name = found
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         described = {f"{name}/{path.relative_to(folder).as_posix()}": describe_file(path) for path in paths}
+        copies.publish_folder(folder)
         ledger.append({key: Seal(one["bytes"], one["sha256"]) for key, one in described.items()}, name)
 
 

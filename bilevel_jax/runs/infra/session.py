@@ -13,10 +13,13 @@ from typing import Any
 from rich.progress import Progress
 
 from bilevel_jax.runs.config.load import COMMANDS, check_same_config, config_to_yaml
+from bilevel_jax.runs.config.rules import flatten_config
 from bilevel_jax.runs.infra import distributed, identity, inputs, run_dir, seals
 from bilevel_jax.runs.infra.journal import JsonLog
 from bilevel_jax.runs.infra.progress import make_progress_bar
 from bilevel_jax.runs.terminal import make_console
+from bilevel_jax.storage import copies, lease, urls
+from bilevel_jax.storage.objects import StorageError
 
 MULTIPROCESS_COMMANDS = ("select", "train", "score", "rank", "refine")
 """The commands that several processes can run."""
@@ -237,7 +240,7 @@ def open_run_dir(config: Any) -> Iterator[Path]:
     other data, or another model, and for a file of the run, or of another run that it reads, that is not as it was
     written; and `Interrupted` for a signal before the session is open.
     """
-    command, folder = COMMANDS[type(config)], Path(config.output.dir)
+    command = COMMANDS[type(config)]
     if distributed.is_multiprocess() and command not in MULTIPROCESS_COMMANDS:
         raise ValueError(
             f"{command} runs in one process, on all devices of one machine; several processes can run "
@@ -247,12 +250,18 @@ def open_run_dir(config: Any) -> Iterator[Path]:
         distributed.require_agreement("the run", identity.list_shared_values(config))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_catch_signals_at_start())
+        stack.enter_context(copies.shown_errors())
+        _check_urls(config)
+        copy = copies.WorkingCopy(config.output.dir) if urls.is_remote(config.output.dir) else None
+        folder = copy.root if copy else Path(urls.strip_file_protocol(config.output.dir))
         existing = [path for path in (folder, *folder.parents) if path.exists()]
         is_new = False
 
         def claim_folder() -> None:
             nonlocal is_new
             inputs.check_inputs_whole(config)
+            if copy is not None:
+                _claim_url(copy, config.output.resume, stack)
             run_dir.create_run_dir(folder, config.output.resume)
             stack.enter_context(run_dir.lock_run_dir(folder))
             is_new = not config.output.resume
@@ -281,10 +290,41 @@ def open_run_dir(config: Any) -> Iterator[Path]:
             is_resumable = (disk_full and (folder / run_dir.CONFIG_FILE).is_file()) or isinstance(error, Interrupted)
             if is_new and not is_resumable:  # new in the first process alone, which writes
                 _remove_failed_start(folder, existing)
+                if copy is not None and not folder.exists() and not isinstance(error, StorageError):
+                    copy.remove_all()
                 if disk_full:
                     text = f"the disk is full: {folder} holds no run yet. Free space, then start it again."
                     raise OSError(text) from error
             raise
+
+
+def _check_urls(config: Any) -> None:
+    """Raise ValueError for a URL in a place where none is read."""
+    for key, value in flatten_config(config):
+        values = value if isinstance(value, tuple) else (value,)
+        if key in inputs.INPUT_FILE_KEYS and not key.startswith("data."):
+            for url in filter(urls.is_remote, values):
+                raise ValueError(
+                    f"{key} = {url}: this key reads files of this machine alone; URLs are read in data.train, "
+                    "data.validation, data.dev, data.test and output.dir. Copy it here, and name the copy."
+                )
+    if urls.is_remote(config.output.dir) and distributed.is_multiprocess():
+        raise ValueError(
+            f"output.dir = {config.output.dir}: several processes write to a folder that all of them see; a URL is for "
+            "one process. Name a folder."
+        )
+
+
+def _claim_url(copy: copies.WorkingCopy, resume: bool, stack: contextlib.ExitStack) -> None:
+    """Hold the URL of a run until the stack is left, and have what it has of the run on this machine."""
+    run_dir.check_run_names(copy.url, copy.list_names(), resume)
+    console = make_console(stderr=True)
+    owner = stack.enter_context(lease.hold(copy.store, lambda text: _print_line(console, text)))
+    run_dir.check_run_names(copy.url, copy.list_names(), resume)  # again: the one who held it may have written
+    if resume:
+        copy.download(run_dir.find_unfinished)
+    copy.open(owner)
+    stack.callback(copy.close)
 
 
 @contextlib.contextmanager
@@ -375,4 +415,4 @@ def open_session(folder: Path, *, progress: bool, save_seconds: float) -> Iterat
 
 
 def _print_line(console: Any, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(copies.show(line), markup=False, highlight=False, soft_wrap=True)

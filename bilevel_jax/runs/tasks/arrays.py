@@ -33,6 +33,7 @@ from bilevel_jax.runs.infra.placement import align_layout, cache_stream, make_me
 from bilevel_jax.runs.tasks.objective import Objective
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
 from bilevel_jax.runs.tasks.targets import OuterObjective, training_target
+from bilevel_jax.storage import copies, urls
 
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -154,6 +155,9 @@ def read_npz_dataset(path: str) -> ArrayDataset:
 
     Raises ValueError with the remedy where something else is in it.
     """
+    if urls.is_url(path):
+        with copies.shown_errors():
+            return read_npz_dataset(str(copies.local_path(path)))
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file. data.train names an .npz file with {', '.join(NPZ_KEYS)}.")
     arrays = _load_npz(path)

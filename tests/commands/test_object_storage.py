@@ -1,0 +1,179 @@
+"""Whole runs on an S3 server: the numbers of a local run, also when the server fails at any write or is busy."""
+
+import json
+import os
+
+import pytest
+
+from bilevel_jax import commands
+from bilevel_jax.cli import main
+from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.storage import copies, lease, objects
+from bilevel_jax.storage.objects import ObjectStore, StorageError
+from tests.commands.run_table import contents, differences, start, table_inputs, without_clock  # noqa: F401
+from tests.s3_server import DENIED, FAILURE, SLOW_DOWN
+
+URL = "s3://bucket/team/run"
+OF_THE_FOLDER = {"config.yaml", "report.html"}
+"""Files that quote the run's config, with its folder."""
+SAVE_EVERY = 5
+
+
+@pytest.fixture
+def local(table_inputs, tmp_path):  # noqa: F811
+    """name -> what a run of a name in RUNS holds in a folder of this machine."""
+
+    def run(name, *flags):
+        with without_clock(save_every=SAVE_EVERY):
+            start(table_inputs, name, tmp_path / "local", *flags)
+        return contents(tmp_path / "local")
+
+    return run
+
+
+def run_at_url(inputs, name, *flags, url=URL):
+    with without_clock(save_every=SAVE_EVERY):
+        return start(inputs, name, url, *flags)
+
+
+def download(folder, url=URL):
+    """What the server has of a run, as a folder."""
+    store = ObjectStore(url)
+    store.download_all({name: folder / name for name in store.list_all() if not lease.LOCK_NAME.fullmatch(name)})
+    run_dir.check_files(folder)
+    return contents(folder)
+
+
+def differ(one, other):
+    """What two runs hold otherwise, but for their folder's name."""
+    return [
+        name for name in differences(one, other) if name not in OF_THE_FOLDER and one.get(name) != "an empty folder"
+    ]
+
+
+@pytest.mark.parametrize("name", ["train, a score, refreshed", pytest.param("select", marks=pytest.mark.slow)])
+def test_a_run_at_a_url_is_the_run_of_a_folder(s3, table_inputs, local, tmp_path, name):  # noqa: F811
+    whole, result = local(name), run_at_url(table_inputs, name)
+    held = download(tmp_path / "held")
+    assert differ(whole, held) == []
+    assert result.result == json.loads(held["result.json"])
+    assert URL in held["config.yaml"].decode() and "bilevel-jax-" not in held["report.html"].decode()
+    before = s3.names()
+    again = run_at_url(table_inputs, name, "--output.resume")  # a finished run changes nothing that it has written
+    changed = {name for name, data in s3.names().items() if before.get(name) != data}
+    assert {name.removeprefix("team/run/") for name in changed} <= {"log.jsonl", "seals.jsonl", "manifest.json"}
+    assert again.result == result.result and commands.read_result(URL).result == result.result
+
+
+def test_a_folder_in_use_or_taken_is_refused(s3, table_inputs, capsys, monkeypatch):  # noqa: F811
+    with lease.hold(ObjectStore(URL)):
+        with pytest.raises(RuntimeError, match=rf"{URL} is in use by process {os.getpid()} on "):
+            run_at_url(table_inputs, "train")
+    assert s3.names() == {}
+    assert f"{URL} is held by process {os.getpid()}" in capsys.readouterr().err
+    s3.write("team/run/notes.txt", b"mine")
+    with pytest.raises(FileExistsError, match=rf"{URL} is not empty \(notes.txt\)"):
+        run_at_url(table_inputs, "train")
+    with pytest.raises(FileNotFoundError, match=rf"{URL} holds no run"):
+        run_at_url(table_inputs, "train", "--output.resume")
+
+
+def test_a_start_that_fails_leaves_nothing(s3, table_inputs):  # noqa: F811
+    with pytest.raises(FileNotFoundError, match=r"s3://bucket/none\.jsonl: there is nothing of this name"):
+        run_at_url(table_inputs, "train", "--data.train", "s3://bucket/none.jsonl")
+    assert s3.names() == {}
+
+
+def fail_from(s3, number, answer=FAILURE):  # noqa: F811
+    """From the write of this number on, the server takes no more; what it has it still gives."""
+    s3.app.writes = 0
+    s3.app.refuse = lambda method, _, now: answer if method in ("PUT", "POST", "DELETE") and now >= number else None
+
+
+def check_failures(s3, inputs, local, tmp_path, monkeypatch, name, count):  # noqa: F811
+    """Fail at every write (at `count` of them, evenly spread); go on when the server is back; compare the end."""
+    monkeypatch.setattr(objects, "RETRY_SECONDS", 0.0)
+    whole = local(name)
+    s3.app.writes = 0
+    run_at_url(inputs, name)
+    writes, wrong = s3.app.writes, {}
+    chosen = [(2 * place + 1) * writes // (2 * count) for place in range(count)] if count else range(writes)
+    for number in chosen:
+        s3.start_anew()
+        copies.forget_copies()
+        fail_from(s3, number)
+        with pytest.raises(StorageError, match="could not be (written|created|removed): the server answered 500"):
+            run_at_url(inputs, name)
+        s3.app.refuse = None
+        resume = ["--output.resume"] if "team/run/config.yaml" in s3.names() else []
+        try:
+            run_at_url(inputs, name, *resume)
+            found = differ(whole, download(tmp_path / f"held-{number}"))
+        except Exception as error:
+            found = repr(error)
+        if found:
+            wrong[number] = found
+    print(f"\n{name}: {writes} writes, failed at {len(chosen)}, {len(wrong)} wrong")
+    assert wrong == {}
+
+
+def test_a_server_that_fails_at_a_write_costs_no_number(s3, table_inputs, local, tmp_path, monkeypatch):  # noqa: F811
+    check_failures(s3, table_inputs, local, tmp_path, monkeypatch, "train", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train", "select", "select, states on disk", "select, rater", "refine", "score"])
+def test_a_server_that_fails_at_any_write(s3, table_inputs, local, tmp_path, monkeypatch, name):  # noqa: F811
+    check_failures(s3, table_inputs, local, tmp_path, monkeypatch, name, int(os.environ.get("FAILURES", "0")))
+
+
+def test_a_busy_server_costs_no_number(s3, table_inputs, local, tmp_path):  # noqa: F811
+    whole, asked = local("train"), []
+
+    def refuse(*_):
+        asked.append(0)
+        return SLOW_DOWN if len(asked) % 3 == 0 else None
+
+    s3.app.refuse = refuse
+    run_at_url(table_inputs, "train")
+    s3.app.refuse = None
+    assert len(asked) > 30
+    assert differ(whole, download(tmp_path / "held")) == []
+
+
+def test_a_server_that_refuses_is_told_in_one_sentence(s3, table_inputs, capfd):  # noqa: F811
+    s3.app.refuse = lambda method, *_: DENIED if method == "PUT" else None
+    assert main(["train", str(table_inputs / "train.yaml"), "--out", URL]) == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("bilevel-jax:")]
+    assert len(lines) == 1 and "could not be created: the server answered 403 AccessDenied" in lines[0]
+
+
+def test_data_are_read_from_urls(s3, table_inputs, local, tmp_path):  # noqa: F811
+    for name in ("train", "validation", "test"):
+        s3.write(f"data/{name}.jsonl", (table_inputs / f"{name}.jsonl").read_bytes())
+    parts = ("train", "validation")
+    flags = [f"--data.{part}=s3://bucket/data/{part}.jsonl" for part in parts]
+    whole = local("train", *(f"--data.{part}={table_inputs}/{part}.jsonl" for part in parts))
+    run_at_url(table_inputs, "train", *flags)
+    held = download(tmp_path / "held")
+    assert json.loads(held["inputs.json"])["data.train"].keys() == {"s3://bucket/data/train.jsonl"}
+    assert json.loads(held["tokens.json"]) == json.loads(whole["tokens.json"])
+    named_otherwise = {"inputs.json", "weights.parquet", "result.json", "checkpoints/done.json"}
+    assert set(differ(whole, held)) <= named_otherwise
+    s3.write("data/train.jsonl", (table_inputs / "train.jsonl").read_bytes() + b"\n")
+    copies.forget_copies()
+    with pytest.raises(ValueError, match=r"data\.train: s3://bucket/data/train\.jsonl had .* bytes then"):
+        run_at_url(table_inputs, "train", *flags, "--output.resume")
+
+
+def test_a_url_where_none_is_read_is_refused(s3, table_inputs):  # noqa: F811
+    with pytest.raises(
+        ValueError, match=r"weights\.file = s3://bucket/w\.parquet: this key reads files of this machine"
+    ):
+        run_at_url(table_inputs, "train", "--weights.file", "s3://bucket/w.parquet")
+
+
+def test_a_file_url_is_a_path(table_inputs, tmp_path):  # noqa: F811
+    with without_clock(save_every=SAVE_EVERY):
+        start(table_inputs, "train", f"file://{tmp_path}/run", f"--data.train=file://{table_inputs}/train.jsonl")
+    assert (tmp_path / "run" / "manifest.json").is_file()

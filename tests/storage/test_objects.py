@@ -1,0 +1,127 @@
+"""Objects on a server that is busy, fails, refuses or vanishes."""
+
+import re
+
+import pytest
+
+from bilevel_jax.storage import objects
+from bilevel_jax.storage.objects import ObjectStore, StorageError
+from tests.s3_server import DENIED, FAILURE, SLOW_DOWN, forget_clients
+
+SCHEMES = ["memory", "s3"]
+
+
+@pytest.fixture(params=SCHEMES)
+def store(request):
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+        return ObjectStore("s3://bucket/run")
+    store = ObjectStore("memory://objects/run")
+    store.remove(store.list_all())
+    return store
+
+
+def test_what_is_written_is_read_listed_and_removed(store, tmp_path):
+    store.write("a.txt", b"one")
+    store.write("a.txt", b"two")
+    (tmp_path / "b").write_bytes(b"three")
+    store.upload_all({"deep/b": tmp_path / "b", "deep/er/c": tmp_path / "b"})
+    assert store.list_all() == {"a.txt": 3, "deep/b": 5, "deep/er/c": 5}
+    assert store.list_all("deep") == {"deep/b": 5, "deep/er/c": 5}
+    assert store.list_names() == ["a.txt", "deep"]
+    assert (store.read("a.txt"), store.read_or_none("none"), store.exists("a.txt")) == (b"two", None, True)
+    assert not store.exists("deep") and not store.exists("none")
+    store.download("deep/b", tmp_path / "new" / "b")
+    assert (tmp_path / "new" / "b").read_bytes() == b"three"
+    store.remove(["a.txt", "none", *store.list_all("deep")])
+    assert store.list_all() == {}
+    with pytest.raises(FileNotFoundError, match=r"run/a\.txt: there is no such object"):
+        store.read("a.txt")
+
+
+def test_one_of_two_creates(store):
+    assert store.create("lock", b"mine")
+    assert not store.create("lock", b"other")
+    assert store.read("lock") == b"mine"
+    assert store.create("lock", b"mine")  # as after an answer that was lost: what is there is what was sent
+
+
+@pytest.mark.parametrize("answer", [SLOW_DOWN, FAILURE, (429, "TooManyRequests")], ids=str)
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
+def test_a_busy_server_is_asked_again(s3, answer, method):
+    store, refused = ObjectStore("s3://bucket/run"), []
+
+    def refuse(asked, path, _):
+        if asked == method and len(refused) < 3:
+            refused.append(path)
+            return answer
+        return None
+
+    s3.app.refuse = refuse
+    store.write("x", b"whole")
+    assert store.read("x") == b"whole" and store.list_all() == {"x": 5}
+    store.remove(["x"])
+    assert len(refused) == 3 and s3.names() == {}
+
+
+def test_a_server_that_keeps_failing_is_given_up_in_one_sentence(s3, monkeypatch):
+    monkeypatch.setattr(objects, "RETRY_SECONDS", 1.0)
+    s3.app.refuse = lambda *_: FAILURE
+    store = ObjectStore("s3://bucket/run")
+    with pytest.raises(StorageError) as error:
+        store.write("log.jsonl", b"")
+    text = str(error.value)
+    assert text.startswith("s3://bucket/run/log.jsonl could not be written: the server answered 500 InternalError")
+    assert re.search(r", in \d+ tries within [01] s\.", text) and text.endswith("a run goes on with --resume.")
+    asked = len(s3.app.requests)
+    with pytest.raises(StorageError):  # a program that ends does not wait for each of its last words
+        store.write("log.jsonl", b"")
+    assert len(s3.app.requests) == asked + 1
+    s3.app.refuse = None
+    store.write("log.jsonl", b"x")
+    s3.app.refuse = lambda method, _, number: SLOW_DOWN if method == "PUT" and len(s3.app.requests) % 3 else None
+    store.write("log.jsonl", b"y")  # it was there again, so it is asked again
+    assert s3.names("run") == {"log.jsonl": b"y"}
+
+
+def test_a_refusal_is_not_repeated(s3):
+    s3.app.refuse, before = (lambda *_: DENIED), len(s3.app.requests)
+    with pytest.raises(StorageError, match="403 AccessDenied.*AWS_ACCESS_KEY_ID"):
+        ObjectStore("s3://bucket/run").write("x", b"")
+    assert len(s3.app.requests) == before + 1
+
+
+def test_a_bucket_that_is_not_there_is_named(s3):
+    with pytest.raises(StorageError, match="s3://none/run/x could not be written.*Make the bucket"):
+        ObjectStore("s3://none/run").write("x", b"")
+
+
+def test_a_server_that_cannot_be_reached_is_named(s3, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    forget_clients()
+    monkeypatch.setattr(objects, "RETRY_SECONDS", 0.1)
+    with pytest.raises(StorageError, match=r"s3://bucket/run/x could not be read: EndpointConnectionError"):
+        ObjectStore("s3://bucket/run").read("x")
+    forget_clients()
+
+
+def test_a_download_that_breaks_off_leaves_nothing(s3, tmp_path, monkeypatch):
+    s3.write("run/x", b"whole")
+    monkeypatch.setattr(objects, "RETRY_SECONDS", 0.1)
+    s3.app.refuse = lambda *_: FAILURE
+    with pytest.raises(StorageError):
+        ObjectStore("s3://bucket/run").download("x", tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Refused(Exception):
+    """What gcsfs raises: the status is a text."""
+
+    def __init__(self, code):
+        super().__init__("as the server says")
+        self.code = code
+
+
+@pytest.mark.parametrize(("code", "again"), [("429", True), (503, True), (412, False), ("404", False), (0, False)])
+def test_statuses_of_google_storage_are_understood(code, again):
+    assert objects.is_transient(Refused(code)) == again
