@@ -48,7 +48,7 @@ from bilevel_jax.runs.config.load import (
     load_config,
 )
 from bilevel_jax.runs.config.python_values import make_config, make_config_to_estimate
-from bilevel_jax.runs.infra import distributed, identity, seals
+from bilevel_jax.runs.infra import distributed, identity, inputs, seals
 from bilevel_jax.storage import copies
 
 ConfigLike = Mapping[str, Any] | str | os.PathLike[str] | None
@@ -366,6 +366,7 @@ def run_command(config: Any) -> Result:
         distributed.initialize_distributed(config.distributed, lambda: identity.list_shared_values(config))
     function = _import(f"bilevel_jax.commands.{command}.run:{command}")
     with _hold_process(config):
+        config = inputs.pin_hub_names(config)
         outcome = function(config)
         return outcome if isinstance(outcome, InspectResult) else read_run(config, copies.local_path(config.output.dir))
 
@@ -373,12 +374,12 @@ def run_command(config: Any) -> Result:
 def run_estimate(config: Any, options: Any) -> EstimateResult:
     """Estimate the run of a checked config."""
     with _hold_process(config):
-        return _import("bilevel_jax.commands.estimate.run:estimate")(config, options)
+        return _import("bilevel_jax.commands.estimate.run:estimate")(inputs.pin_hub_names(config), options)
 
 
 def run_export(config: ExportConfig, run: Path | None = None, command: str = "") -> ExportResult:
     """Export by a checked config, of a run's folder if there is one; `command` is quoted in the card."""
-    return _import("bilevel_jax.commands.export.run:export")(config, run, command)
+    return _import("bilevel_jax.commands.export.run:export")(inputs.pin_hub_names(config), run, command)
 
 
 @contextlib.contextmanager

@@ -405,10 +405,11 @@ def load(
     remat: Remat = "selective",
     mesh: MeshSection = MeshSection(data=1),  # noqa: B008 (frozen)
 ) -> LanguageModel:
-    """The model in a Hugging Face folder: parameters, tokenizer and config; nothing is downloaded.
+    """The model in a Hugging Face folder or on the hub: parameters, tokenizer and config.
 
     Args:
-        folder: with config.json, safetensors files and a tokenizer; or builtin:cipher, builtin:sums or builtin:scripts,
+        folder: with config.json, safetensors files and a tokenizer; a name on the hub, owner/name or
+            owner/name@revision, which is fetched into its cache; or builtin:cipher, builtin:sums or builtin:scripts,
             the small models that the package makes itself, in some seconds to minutes.
         adapter: a PEFT folder of LoRA factors for it.
         dtype: of the parameters: float32; bfloat16, for a base that adapters are trained over; or float64, which needs

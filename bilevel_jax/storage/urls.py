@@ -16,7 +16,8 @@ CREDENTIALS = {
     "gs": "GOOGLE_APPLICATION_CREDENTIALS, gcloud auth, or the service account of the machine",
 }
 """Extra's protocol -> where its library looks for credentials."""
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_URL = re.compile(r"(?!hf://)[A-Za-z][A-Za-z0-9+.-]*://")
+"""A name on the Hugging Face hub (hf://) is none: it is read by its commit, in bilevel_jax/lm/hub."""
 
 
 def is_url(path: Any) -> bool:

@@ -11,6 +11,7 @@ from jax.extend.backend import clear_backends
 from bilevel_jax.lm import models
 from bilevel_jax.lm.data.examples import Example, Turn
 from bilevel_jax.lm.data.tokens import Corpus
+from bilevel_jax.lm.hub.downloads import CONFIG_FILES, find_model_files
 from bilevel_jax.runs.budget import compiled_steps
 from bilevel_jax.runs.budget.compiled_steps import StepShapes
 from bilevel_jax.runs.budget.work import count_train_steps
@@ -95,11 +96,10 @@ def read_examples(config: Any, folder: Path) -> tuple[RunConfig, TokenizedData]:
 
 def placeholder_text(config: RunConfig, options: EstimateSection) -> TokenizedData:
     """A text of so many rows, without a tokenizer: one row is as long as rows may be, and sets the shape of batches."""
-    if not config.model.name_or_path or not (Path(config.model.name_or_path) / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{config.model.name_or_path}/config.json: no such file; it is all that is needed of a model."
-        )
-    architecture = models.read_config(config.model.name_or_path)
+    name = config.model.name_or_path
+    if not name or not (find_model_files(name, CONFIG_FILES) / "config.json").is_file():
+        raise FileNotFoundError(f"{name}/config.json: no such file; it is all that is needed of a model.")
+    architecture = models.read_config(name)
     sequences = _num_sequences(config.objective.name)
     longest = max_example_length(config.data, architecture)
     example = Example("", 0, (Turn("text", ""),), "", None, "", 0)

@@ -1,4 +1,4 @@
-"""JSON objects and safetensors of a model folder."""
+"""JSON objects and safetensors of a model folder, and the names of its files."""
 
 import fnmatch
 import json
@@ -11,6 +11,36 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+CONFIG_FILE = "config.json"
+TOKENIZER_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "vocab.bpe",
+    "encoder.json",
+    "merges.txt",
+    "tekken.json",
+    "*.model",  # sentencepiece: tokenizer.model, spiece.model, sentencepiece.bpe.model
+    "*.spm",
+    "*.tiktoken",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Patterns of the names of files that say how text becomes tokens, and how answers are generated."""
+UNCHANGED_FILES = (
+    *TOKENIZER_FILES,
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+"""Patterns of file names. Whatever else lies in a model folder (weights, cards, code, states of a trainer) is about
+that model alone."""
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 """The dtypes that are read: others are quantised weights, which need the scales that their library applies."""
 MAX_HEADER = 100_000_000

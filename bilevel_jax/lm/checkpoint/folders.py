@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bilevel_jax.lm.checkpoint.files import read_json_object
+from bilevel_jax.lm.hub.downloads import find_model_files
+from bilevel_jax.lm.hub.names import parse_model_name
 
 ADAPTER_FILE = "adapter_config.json"
 RUN_FOLDERS = ("model", "model-adapter")
@@ -37,15 +39,15 @@ def find_model_folder(path: str | Path, base: str = "") -> ModelFolder:
 
     Args:
         path: a Hugging Face folder, a PEFT adapter folder, or the folder of a run, which holds model/ or
-            model-adapter/.
-        base: the folder of an adapter's base; empty: the folder that its adapter_config.json names.
+            model-adapter/; or the name of a model or an adapter on the hub, which is fetched.
+        base: the folder of an adapter's base, or its name on the hub; empty: what its adapter_config.json names.
 
     Returns:
         The base and the adapter.
 
     Raises:
         FileNotFoundError: no such folder, or none that holds a model.
-        ValueError: an adapter whose base is not known, or is no folder here.
+        ValueError: an adapter whose base is not known, or is no folder here and not on the hub.
 
     Example:
         >>> import pathlib, tempfile
@@ -56,7 +58,7 @@ def find_model_folder(path: str | Path, base: str = "") -> ModelFolder:
         ...     find_model_folder(model.parent).base == model
         True
     """
-    folder = Path(path)
+    folder = find_model_files(path)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{path}: no such folder. Give a folder of a model, of an adapter or of a run"
@@ -72,8 +74,13 @@ def find_model_folder(path: str | Path, base: str = "") -> ModelFolder:
         folder = inside[0]
     if not (folder / ADAPTER_FILE).is_file():
         return ModelFolder(folder, None)
-    name = base or read_json_object(folder / ADAPTER_FILE).get("base_model_name_or_path") or ""
+    keys = read_json_object(folder / ADAPTER_FILE)
+    name = base or keys.get("base_model_name_or_path") or ""
     candidates = [Path(name), *([] if base else [folder / name])] if name else []
+    if not any(candidate.is_dir() for candidate in candidates) and (hub_name := parse_model_name(name)):
+        if not base and keys.get("revision"):
+            hub_name = hub_name.with_commit(keys["revision"])
+        candidates = [find_model_files(str(hub_name))]
     found = next((candidate for candidate in candidates if (candidate / "config.json").is_file()), None)
     if found is None:
         named = f"its base is {name!r}, which is no folder of a model here" if name else "it names no base"

@@ -5,7 +5,8 @@ What is read, by the end of the name:
     .json           a list of objects, a list of strings, or {"instances": [...]}
     .parquet        a table
     a folder        written by `datasets.save_to_disk`; `folder@split` where it holds several splits
-    hub:name@split  a data set of the Hugging Face hub, `hub:name:config@split`; needs a network
+    hub:name@split  a data set of the Hugging Face hub, of one configuration `hub:name:config@split`, of one revision
+                    `hub:name@revision:config@split`; one of its files `hf://datasets/name@revision/file.jsonl`
     .jsonl.gz and .json.gz are unpacked on the way.
     Each but the last may lie on object storage: s3://bucket/rows.jsonl, gs://bucket/folder@split. It is copied to this
     machine whole, once, before it is read.
@@ -19,13 +20,15 @@ import difflib
 import itertools
 import json
 import os
-import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from bilevel_jax.lm.data.json_rows import drop_nulls, open_error, read_json, read_jsonl
+from bilevel_jax.lm.hub.downloads import find_dataset_file
+from bilevel_jax.lm.hub.names import DATASET_URL_PREFIX, PREFIX, parse_dataset_name
+from bilevel_jax.lm.hub.rows import read_dataset_rows
 from bilevel_jax.storage import copies, urls
 
 
@@ -40,19 +43,17 @@ def read_rows(path: str, *, streaming: bool = False) -> Iterator[tuple[int, Any]
             url, split = urls.split_dataset_url(path)
             yield from read_rows(f"{copies.local_path(url)}{split}")
         return
-    if path.startswith("hub:"):
-        rows: Iterable[Any] = _load_hub_dataset(path, streaming)
+    name = parse_dataset_name(path)
+    if name and name.file:
+        yield from _choose_reader(path)(str(find_dataset_file(name)))
+        return
+    if name:
+        rows: Iterable[Any] = read_dataset_rows(name, streaming=streaming)
     elif os.path.isdir(folder := path.partition("@")[0]):
         rows = _load_saved_dataset(folder, path.partition("@")[2])
     else:
-        reader = FILE_READERS.get(Path(path.removesuffix(".gz")).suffix)
         _check_file(path)
-        if reader is None:
-            raise ValueError(
-                f"{path}: the name must end in one of {sorted(FILE_READERS)}, or be a folder of `datasets`. Write the "
-                "rows as JSON lines: one object per line."
-            )
-        yield from reader(path)
+        yield from _choose_reader(path)(path)
         return
     for line, row in enumerate(rows, 1):
         yield line, drop_nulls(row)
@@ -67,7 +68,7 @@ def is_file_name(row: Any) -> bool:
     """Whether a string is written as a path that `read_rows` reads, rather than as text."""
     if not isinstance(row, str) or len(row.split()) != 1:
         return False
-    return row.startswith("hub:") or Path(row.removesuffix(".gz")).suffix in FILE_READERS
+    return row.startswith((PREFIX, DATASET_URL_PREFIX)) or Path(row.removesuffix(".gz")).suffix in FILE_READERS
 
 
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]], file_format: str) -> None:
@@ -87,10 +88,22 @@ def write_rows(path: str | Path, rows: Iterable[dict[str, Any]], file_format: st
 
 def source_name(path: str) -> str:
     """The name of a path without its folder and ending: what the rows of a file are called after."""
-    return Path(path.removeprefix("hub:").partition("@")[0].removesuffix(".gz")).stem
+    if name := parse_dataset_name(path):
+        path = name.file or f"{name.repo}:{name.config}".rstrip(":")
+    return Path(path.partition("@")[0].removesuffix(".gz")).stem
 
 
 # ---- reading
+
+
+def _choose_reader(path: str) -> Callable[[str], Iterator[tuple[int, Any]]]:
+    reader = FILE_READERS.get(Path(path.removesuffix(".gz")).suffix)
+    if reader is None:
+        raise ValueError(
+            f"{path}: the name must end in one of {sorted(FILE_READERS)}, or be a folder of `datasets`. Write the "
+            "rows as JSON lines: one object per line."
+        )
+    return reader
 
 
 def _check_file(path: str) -> None:
@@ -176,22 +189,6 @@ def _damaged_folder(folder: str, error: Exception) -> ValueError:
         f"{folder}: the data set in this folder cannot be read ({type(error).__name__}: {_one_line(error)}). Save it "
         "anew with `datasets.save_to_disk`."
     )
-
-
-def _load_hub_dataset(path: str, streaming: bool) -> Iterator[Any]:
-    match = re.fullmatch(r"hub:([^:@]+)(?::([^:@]+))?@(.+)", path)
-    if not match:
-        raise ValueError(f"{path}: a hub data set is written hub:name@split or hub:name:config@split.")
-    import datasets
-
-    name, config, split = match.groups()
-    try:
-        yield from datasets.load_dataset(name, config, split=split, streaming=streaming)
-    except Exception as error:  # offline, unknown name, unknown split: `datasets` has its own class for each
-        raise ValueError(
-            f"{path}: the hub gave no such data set ({type(error).__name__}: {_one_line(error)}). Check the name and "
-            "the network, or download it where there is one, `save_to_disk` it and name the folder."
-        ) from None
 
 
 def _suggest_names(path: Path) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from bilevel_jax.lm import models
-from bilevel_jax.lm.checkpoint.files import require_whole_files
+from bilevel_jax.lm.checkpoint.files import TOKENIZER_FILES, require_whole_files
 from bilevel_jax.lm.data.encode import (
     DEFAULT_TEMPLATE,
     encode_examples,
@@ -34,7 +34,7 @@ from bilevel_jax.lm.data.targets import (
     weigh_targets,
 )
 from bilevel_jax.lm.data.vocabulary import check_token_ids
-from bilevel_jax.lm.models.source_files import TOKENIZER_FILES
+from bilevel_jax.lm.hub.downloads import SMALL_FILES, find_model_files
 
 TRUNCATION_MODES = ("error", "left", "right", "drop")
 TRAIN_ON_MODES = ("all_turns", "last_turn")
@@ -225,10 +225,10 @@ class TokenizationReport(NamedTuple):
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a local model folder; nothing is downloaded and no code of the folder is run.
+    """The tokenizer of a model folder; no code of the folder is run.
 
     Args:
-        folder: in the Hugging Face layout.
+        folder: in the Hugging Face layout, or a name on the hub.
 
     Returns:
         A tokenizer of transformers.
@@ -237,7 +237,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         FileNotFoundError: the folder has no tokenizer.
         ValueError: it has one that cannot be read.
     """
-    folder = Path(folder)
+    folder = find_model_files(folder, SMALL_FILES)
     if not (folder / "tokenizer_config.json").exists() and not (folder / "tokenizer.json").exists():
         remedy = "Name a folder in the Hugging Face layout, with the model and its tokenizer."
         if (folder / "model" / "tokenizer_config.json").exists():

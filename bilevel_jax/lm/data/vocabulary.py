@@ -9,6 +9,7 @@ import numpy as np
 from bilevel_jax.lm.checkpoint.files import read_json_object
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.render import Tokenizer
+from bilevel_jax.lm.hub.downloads import SMALL_FILES, find_model_files
 
 
 def spell_tokens(ids: Sequence[int], tokenizer: Any) -> list[tuple[str, bool]]:
@@ -83,7 +84,7 @@ def check_special_tokens(folder: str | Path, tokenizer: Tokenizer, vocab_size: i
     A negative id of the padding means none, as old configs have it; no sequence of a batch holds it.
 
     Args:
-        folder: of the model; its generation_config.json is read if it has one.
+        folder: of the model, or its name on the hub; its generation_config.json is read if it has one.
         tokenizer: of the model.
         vocab_size: rows of the embedding.
 
@@ -92,7 +93,7 @@ def check_special_tokens(folder: str | Path, tokenizer: Tokenizer, vocab_size: i
     """
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     settings = {f"{folder}: the tokenizer's": {key: getattr(tokenizer, key) for key in keys}}
-    path = Path(folder) / "generation_config.json"
+    path = find_model_files(folder, SMALL_FILES) / "generation_config.json"
     if path.is_file():
         settings[f"{path}:"] = read_json_object(path)
     for where, values in settings.items():

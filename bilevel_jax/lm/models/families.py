@@ -10,6 +10,7 @@ from flax import nnx
 
 from bilevel_jax.lm.checkpoint.config_keys import ConfigKeys
 from bilevel_jax.lm.checkpoint.files import read_json_object
+from bilevel_jax.lm.hub.downloads import CONFIG_FILES, find_model_files
 from bilevel_jax.lm.models import gemma3, gpt2, llama, neox
 from bilevel_jax.lm.models.blocks import MatrixInit
 from bilevel_jax.lm.models.config import DecoderConfig
@@ -132,7 +133,7 @@ class AbstractModules(NamedTuple):
 
 
 def read_config(source: str | Path | Mapping[str, Any]) -> DecoderConfig:
-    """The configuration in `source`: a folder with a config.json, that file, or its contents.
+    """The configuration in `source`: a folder with a config.json, that file, its contents, or a name on the hub.
 
     Reads the spellings of transformers 4 and 5. Defaults of missing keys are those of transformers. Raises ValueError
     for a model, or a feature of one, that the decoder does not compute, and for any key that is neither read nor known
@@ -140,7 +141,7 @@ def read_config(source: str | Path | Mapping[str, Any]) -> DecoderConfig:
     """
     if isinstance(source, Mapping):
         return _read_raw_config("config", source)
-    path = Path(source)
+    path = find_model_files(source, CONFIG_FILES)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         hint = "give a Hugging Face model folder"
@@ -152,6 +153,12 @@ def read_config(source: str | Path | Mapping[str, Any]) -> DecoderConfig:
 
 def _read_raw_config(where: str, raw: Mapping[str, Any]) -> DecoderConfig:
     family = raw.get("model_type")
+    if "auto_map" in raw:
+        raise ValueError(
+            f"{where}: the model is a program of its own (auto_map names {_list_programs(raw['auto_map'])}), and code "
+            "of a model's folder is never run. Take a model of one of the supported families: "
+            f"{', '.join(sorted(FAMILIES))}."
+        )
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"{where}: model_type {family!r} is not supported; supported: {sorted(FAMILIES)}.")
     if family == "mistral" and "layer_types" in raw:
@@ -164,6 +171,12 @@ def _read_raw_config(where: str, raw: Mapping[str, Any]) -> DecoderConfig:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     return config
+
+
+def _list_programs(auto_map: Any) -> str:
+    """The files of code that auto_map names."""
+    names = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+    return ", ".join(sorted({f"{str(name).split('--')[-1].split('.')[0]}.py" for name in names}))
 
 
 def config_to_dict(config: DecoderConfig, dtype: str) -> dict[str, Any]:

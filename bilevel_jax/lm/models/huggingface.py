@@ -17,11 +17,12 @@ import numpy as np
 from jaxtyping import Array
 from safetensors.numpy import save_file
 
-from bilevel_jax.lm.checkpoint.files import LazyTensor, open_tensors, read_floats, read_stacked_tensors
+from bilevel_jax.lm.checkpoint.files import CONFIG_FILE, LazyTensor, open_tensors, read_floats, read_stacked_tensors
+from bilevel_jax.lm.hub.downloads import find_model_files
 from bilevel_jax.lm.models.buffers import check_buffer, is_buffer
 from bilevel_jax.lm.models.config import DecoderConfig
 from bilevel_jax.lm.models.families import FAMILIES, config_to_dict, make_abstract_modules, read_config
-from bilevel_jax.lm.models.source_files import CONFIG_FILE, write_tokenizer, write_unchanged_files
+from bilevel_jax.lm.models.source_files import write_tokenizer, write_unchanged_files
 
 
 class TensorLocation(NamedTuple):
@@ -41,14 +42,15 @@ def load_model(
     dtype: Any = jnp.float32,
     place: Callable[[Any, np.ndarray], Array] = lambda path, values: jnp.asarray(values),
 ) -> tuple[DecoderConfig, dict[str, Any]]:
-    """The model in a Hugging Face folder: its configuration and its parameters.
+    """The model in a Hugging Face folder or on the hub: its configuration and its parameters.
 
     Reads model.safetensors or the shards of model.safetensors.index.json, one leaf at a time. What is left out is
     looked at first: the head of a model with tied embeddings must equal them (transformers 5 unties them otherwise),
     and masks and rotary frequencies must be those that the configuration says.
 
     Args:
-        folder: with config.json and safetensors files.
+        folder: with config.json and safetensors files; or a name on the hub, owner/name or owner/name@revision, which
+            is fetched into its cache.
         dtype: of the parameters.
         place: (path in the tree, values) -> array: puts each leaf on a device, or shards it over several.
 
@@ -71,6 +73,7 @@ def load_model(
         >>> loaded_config == config, sum(leaf.size for leaf in jax.tree.leaves(params))
         (True, 21952)
     """
+    folder = find_model_files(folder)
     config = read_config(folder)
     tensors = _add_base_prefix(config, open_tensors(folder, "model.safetensors"))
     locations = locate_tensors(config)

@@ -15,6 +15,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from bilevel_jax.lm.checkpoint.config_keys import ConfigKeys
 from bilevel_jax.lm.checkpoint.files import open_tensors, read_json_object, read_stacked_tensors
+from bilevel_jax.lm.hub.downloads import find_model_files
 from bilevel_jax.lm.models.blocks import Adapter
 from bilevel_jax.lm.models.config import DecoderConfig
 from bilevel_jax.lm.models.families import FAMILIES, find_target_projections, peft_target_name, projection_shapes
@@ -183,7 +184,14 @@ def balance_adapters(adapters: Adapters) -> Adapters:
     return {"lora": {name: balance_projection(adapter) for name, adapter in adapters["lora"].items()}}
 
 
-def save_peft(folder: str | Path, config: DecoderConfig, adapters: Adapters, *, base: str | None = None) -> None:
+def save_peft(
+    folder: str | Path,
+    config: DecoderConfig,
+    adapters: Adapters,
+    *,
+    base: str | None = None,
+    base_revision: str | None = None,
+) -> None:
     """Write a PEFT adapter folder (adapter_config.json, adapter_model.safetensors). `base` names the base model.
 
     Written next to `folder` and renamed, so that there is a whole folder or none.
@@ -193,6 +201,7 @@ def save_peft(folder: str | Path, config: DecoderConfig, adapters: Adapters, *, 
         config: the architecture of the base.
         adapters: all of one rank and scale.
         base: the name of the base model.
+        base_revision: its commit on the hub.
 
     Raises:
         FileExistsError: `folder` holds something.
@@ -214,6 +223,7 @@ def save_peft(folder: str | Path, config: DecoderConfig, adapters: Adapters, *, 
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": base_revision,
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": sorted({peft_target_name(config, name) for name in lora}),
@@ -231,7 +241,7 @@ def load_peft(folder: str | Path, config: DecoderConfig, *, dtype: Any = jnp.flo
     """The adapters in a PEFT folder, checked against `config`.
 
     Args:
-        folder: with adapter_config.json and adapter_model.safetensors.
+        folder: with adapter_config.json and adapter_model.safetensors, or a name on the hub.
         config: the architecture of the base.
         dtype: of A and B.
 
@@ -244,7 +254,7 @@ def load_peft(folder: str | Path, config: DecoderConfig, *, dtype: Any = jnp.flo
             LoRA, trained biases, saved modules, ranks of some layers, ...), by name; keys of adapter_config.json that
             are not understood; missing or unexpected tensors; wrong shapes; NaN or infinite values.
     """
-    folder = Path(folder)
+    folder = find_model_files(folder)
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a PEFT adapter folder.")

@@ -5,36 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-CONFIG_FILE = "config.json"
-TOKENIZER_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "vocab.bpe",
-    "encoder.json",
-    "merges.txt",
-    "tekken.json",
-    "*.model",  # sentencepiece: tokenizer.model, spiece.model, sentencepiece.bpe.model
-    "*.spm",
-    "*.tiktoken",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Patterns of the names of files that say how text becomes tokens, and how answers are generated."""
-UNCHANGED_FILES = (
-    *TOKENIZER_FILES,
-    "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-"""Patterns of file names. Whatever else lies in a model folder (weights, cards, code, states of a trainer) is about
-that model alone."""
+from bilevel_jax.lm.checkpoint.files import CONFIG_FILE, UNCHANGED_FILES
+from bilevel_jax.lm.hub.downloads import SMALL_FILES, find_model_files
+from bilevel_jax.lm.hub.names import HubName, parse_model_name
+
 TRANSFORMERS_5_KEYS = ("backend", "is_local", "local_files_only")
 """What transformers 5 adds to tokenizer_config.json: how this process loaded the tokenizer."""
 
@@ -43,7 +17,7 @@ def read_source_files(folder: str | Path) -> dict[str, bytes]:
     """The files of a Hugging Face folder that a model trained from it carries along, and its config.json.
 
     Args:
-        folder: of the model that training starts from.
+        folder: of the model that training starts from, or its name on the hub.
 
     Returns:
         Name in the folder -> contents, for `save_model`.
@@ -56,7 +30,7 @@ def read_source_files(folder: str | Path) -> dict[str, bytes]:
         ...     read_source_files(folder)
         {'generation_config.json': b'{"eos_token_id": [0, 2]}'}
     """
-    folder = Path(folder)
+    folder = find_model_files(folder, SMALL_FILES)
     paths = {path for pattern in (CONFIG_FILE, *UNCHANGED_FILES) for path in folder.glob(pattern) if path.is_file()}
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(paths)}
 
@@ -80,14 +54,17 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def find_hub_name(folder: str | Path) -> str | None:
-    """The name on the Hugging Face hub of a folder in the hub's cache, `models--OWNER--NAME/snapshots/COMMIT`.
+def find_hub_name(folder: str | Path) -> HubName | None:
+    """The name on the Hugging Face hub, with its commit, of a model: given as such, or a folder in the hub's cache.
 
-    None for any other folder: no file in it says reliably what it is called (`_name_or_path` in a config.json names
-    what that model was trained from), and its place on this machine helps nobody else.
+    None for any other folder than `models--OWNER--NAME/snapshots/COMMIT`: no file in it says reliably what it is called
+    (`_name_or_path` in a config.json names what that model was trained from), and its place on this machine helps
+    nobody else.
     """
+    if name := parse_model_name(folder):
+        return name
     folder = Path(folder).absolute()
     repository = folder.parent.parent.name
     if folder.parent.name != "snapshots" or not repository.startswith("models--"):
         return None
-    return repository.removeprefix("models--").replace("--", "/")
+    return HubName("model", repository.removeprefix("models--").replace("--", "/"), folder.name)

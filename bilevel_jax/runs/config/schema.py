@@ -38,7 +38,7 @@ class ModelSection:
     """The language model."""
 
     name_or_path: str = ""
-    """Folder of a Hugging Face checkpoint; builtin:cipher, builtin:sums or builtin:scripts for a built-in one."""
+    """Folder of a Hugging Face checkpoint, owner/name@revision on the hub, or builtin:cipher, :sums or :scripts."""
 
     from_scratch: bool = False
     """Train from random parameters, drawn for each seed, instead of the checkpoint's."""
@@ -1196,7 +1196,7 @@ class EvaluateSection:
     """The models that answer the prompts of data.test, and what is measured of their answers."""
 
     model: Annotated[str, Required("name a folder of a model, an adapter or a run, or a service as NAME@URL")] = ""
-    """Folder of a model, of a PEFT adapter or of a run; or a service: NAME@http://localhost:8000/v1."""
+    """Folder of a model, of a PEFT adapter or of a run, or a name on the hub; or NAME@http://localhost:8000/v1."""
 
     baseline: str = ""
     """Second model, given as the first, which the first is compared with; empty: none."""

@@ -16,6 +16,7 @@ from bilevel_jax.core import single_loop
 from bilevel_jax.core.types import Params
 from bilevel_jax.lm import models
 from bilevel_jax.lm.data.examples import Example, example_kind, example_to_row, is_preference_pair
+from bilevel_jax.lm.hub.downloads import resolve_commit
 from bilevel_jax.lm.models.source_files import find_hub_name
 from bilevel_jax.runs.config.local_paths import short_file_names
 from bilevel_jax.runs.config.schema import OuterSection
@@ -147,7 +148,14 @@ def write_model(folder: Path, task: TextTask, params: Params, *, base_path: str,
     def write() -> None:
         if task.base_params is not None and parts != "full" and not seals.is_noted_folder(adapter):
             shutil.rmtree(adapter, ignore_errors=True)
-            models.save_peft(adapter, task.architecture, params, base=find_hub_name(base_path))
+            base_name = find_hub_name(base_path)
+            models.save_peft(
+                adapter,
+                task.architecture,
+                params,
+                base=base_name.repo if base_name else None,
+                base_revision=resolve_commit(base_name) if base_name else None,
+            )
             seals.note_folder(adapter)
         if seals.is_noted_folder(folder) or (task.base_params is not None and parts == "adapter"):
             return

@@ -201,6 +201,16 @@ def run_on_first_process(work: Callable[[], ResultT]) -> ResultT | None:
     return result
 
 
+def share_text(topic: str, work: Callable[[], str]) -> str:
+    """The text that the first process makes, in every process; all fail where it fails. `topic` says what it is."""
+    if _peers is None and not is_multiprocess():
+        return work()
+    if _peers is None:
+        _meet_after_jax(DistributedSection().initialization_timeout)
+    assert _peers is not None
+    return _peers.gather(topic, run_on_first_process(work) or "")[0]
+
+
 def compute_on_first_process(work: Callable[[], np.ndarray], like: np.ndarray) -> np.ndarray:
     """What the first process computes, in every process; `like` is an array of its shape and type."""
     computed = run_on_first_process(work)

@@ -1,16 +1,19 @@
-"""Record of a run's input files by size and hash."""
+"""Record of a run's input files by size and hash, and of names on the hub by commit."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bilevel_jax.lm.checkpoint.folders import find_model_folder
+from bilevel_jax.runs.config.hub_names import HubRecord, describe_hub_names, find_commits, replace_names
 from bilevel_jax.runs.config.rules import flatten_config, is_evaluation, names_function
-from bilevel_jax.runs.infra import run_dir, seals
+from bilevel_jax.runs.infra import distributed, run_dir, seals
 from bilevel_jax.storage import copies, urls
 
-INPUTS_FILE = seals.INPUTS_FILE
+INPUTS_FILE, HUB_FILE = seals.INPUTS_FILE, seals.HUB_FILE
+ConfigT = TypeVar("ConfigT")
 INPUT_FILE_KEYS = (
     "model.name_or_path", "data.train", "data.validation", "data.dev", "data.test", "weights.file", "weights.tokens",
     "objective.reference", "rank.own_answers", "rank.accuracies", "rank.records", "rater.file",
@@ -31,7 +34,7 @@ END_BYTES = 1 << 24
 def list_input_files(config: Any) -> dict[str, list[Path]]:
     """key of the config -> the files that its value names; of a folder, all that lie in it; of a URL, a copy.
 
-    Hub names and built-in tasks name no file: the first are not watched, the second are made from the config.
+    Hub names and built-in tasks name no file: the first have a commit, the second are made from the config.
     """
     files_by_key: dict[str, list[Path]] = {}
     for key, value in _list_file_values(config):
@@ -110,6 +113,39 @@ def hash_file_ends(config: Any) -> dict[str, str]:
                 digest.update(content.read(END_BYTES))
         hashes[key] = f"{len(key_files):,} files with hash {digest.hexdigest()[:12]}"
     return hashes
+
+
+def pin_hub_names(config: ConfigT) -> ConfigT:
+    """The config with a commit in each name on the hub: that of the run which is resumed, or the one that it means now.
+
+    Of several processes all call this, and the first asks. Raises OSError for what is not there or may not be read.
+    """
+    output: Any = getattr(config, "output", None)
+    records = _read_resumed_records(output.dir) if output is not None and output.resume else []
+    commits = distributed.share_text("the names on the hub", lambda: json.dumps(find_commits(config, records)))
+    return replace_names(config, json.loads(commits))
+
+
+def _read_resumed_records(folder: str) -> list[HubRecord]:
+    """The names on the hub that a run reads which is to be resumed, wherever its folder lies."""
+    if not urls.is_url(folder):
+        return read_hub_records(Path(folder))
+    try:
+        return read_hub_records(copies.local_path(urls.join_url(folder, HUB_FILE)).parent)
+    except FileNotFoundError:
+        return []
+
+
+def record_hub_names(config: Any, folder: Path) -> None:
+    """Write hub.json, where the config has names on the hub: each with its commit and as it was given."""
+    if records := describe_hub_names(config):
+        run_dir.write_json(folder / HUB_FILE, [record._asdict() for record in records])
+
+
+def read_hub_records(folder: Path) -> list[HubRecord]:
+    """The names on the hub that a run reads; none of a run without any."""
+    path = folder / HUB_FILE
+    return [HubRecord(**record) for record in run_dir.read_json(path)] if path.exists() else []
 
 
 def _list_paths(key: str, value: Any) -> Iterator[Path]:

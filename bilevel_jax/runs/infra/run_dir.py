@@ -223,7 +223,12 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_result(folder: str | Path, result: Any) -> None:
-    """`folder`/result.json. It may leave this machine, so absolute paths of the run's config.yaml are shortened."""
+    """`folder`/result.json, with the commits of names on the hub.
+
+    It may leave this machine, so absolute paths of the run's config.yaml are shortened.
+    """
+    if (Path(folder) / seals.HUB_FILE).exists():
+        result = {**result, "hub": read_json(Path(folder) / seals.HUB_FILE)}
     settings = yaml.safe_load(read_text(Path(folder) / CONFIG_FILE))
     write_json(Path(folder) / RESULT_FILE, hide_local_paths(result, settings))
 

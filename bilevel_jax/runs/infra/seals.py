@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 from bilevel_jax.storage import copies
 
 SEALS_FILE, MANIFEST_FILE = "seals.jsonl", "manifest.json"
-CONFIG_FILE, INPUTS_FILE, ENVIRONMENT_FILE, TOKENS_FILE = NOT_REMADE = (
-    "config.yaml", "inputs.json", "environment.json", "tokens.json",
+CONFIG_FILE, INPUTS_FILE, ENVIRONMENT_FILE, TOKENS_FILE, HUB_FILE = NOT_REMADE = (
+    "config.yaml", "inputs.json", "environment.json", "tokens.json", "hub.json",
 )  # fmt: skip
 """Files that a run begins with, and cannot make again. Whatever else is missing is made again, the log aside."""
 LOG_FILE = "log.jsonl"

@@ -30,7 +30,7 @@ EXPECTED_USAGE_JOB = "expected"
 """The finished job that a run begins with; no work."""
 START_FILES = (
     run_dir.CONFIG_FILE, identity.ENVIRONMENT_FILE, identity.TOKENS_FILE, inputs.INPUTS_FILE, run_dir.LOCK_FILE,
-    seals.SEALS_FILE,
+    inputs.HUB_FILE, seals.SEALS_FILE,
 )  # fmt: skip
 """What a run writes before it works."""
 
@@ -279,6 +279,7 @@ def open_run_dir(config: Any) -> Iterator[Path]:
                 seals.hold(folder)
             else:
                 seals.begin(folder)
+                inputs.record_hub_names(config, folder)
                 run_dir.write_atomic(folder / run_dir.CONFIG_FILE, config_to_yaml(config))
 
         try:
@@ -396,6 +397,10 @@ def start_session(config: Any, folder: Path) -> Iterator[Session]:
     distributed.run_on_first_process(lambda: identity.record_environment(folder))
     distributed.run_on_first_process(lambda: inputs.record_inputs(config, folder))
     with open_session(folder, progress=output.progress, save_seconds=60 * output.save_minutes) as run_session:
+        for record in inputs.read_hub_records(folder):
+            run_session.print_line(f"{record.key}: {record.asked} is read as {record.name}")
+            if not output.resume:
+                run_session.log.write({"event": "hub", "step": 0, **record._asdict()})
         yield run_session
 
 

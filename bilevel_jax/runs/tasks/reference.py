@@ -15,6 +15,7 @@ from bilevel_jax.lm import models
 from bilevel_jax.lm.data import batches
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.tokens import Corpus
+from bilevel_jax.lm.hub.downloads import find_model_files
 from bilevel_jax.lm.losses import sft
 from bilevel_jax.runs.config.schema import ModelSection
 from bilevel_jax.runs.infra import identity, run_dir
@@ -102,9 +103,9 @@ def measure_pairs(
 
 
 def fingerprint_model_files(model: str | Path, dtype: str) -> str:
-    """SHA-256 of a model folder's config.json and tensors, and of the dtype that they are read in."""
+    """SHA-256 of a model's config.json and tensors, and of the dtype that they are read in."""
     digest = hashlib.sha256(dtype.encode())
-    folder = Path(model)
+    folder = find_model_files(model)
     for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         digest.update(path.name.encode())
         with open(path, "rb") as content:

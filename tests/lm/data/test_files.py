@@ -100,35 +100,6 @@ def test_errors_of_files(tmp_path):
         assert all(text in str(error.value) for text in texts), str(error.value)
 
 
-def test_hub_name_without_a_network_says_what_to_do(monkeypatch):
-    def offline(name, config, split, streaming):
-        raise ConnectionError(f"cannot reach {name} {config} {split}")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(
-        ValueError, match=r"hub:o/n:c@train\[:9\]: the hub gave .*cannot reach o/n c train\[:9\].*network"
-    ):
-        load_examples(["hub:o/n:c@train[:9]"])
-
-
-def test_hub_is_streamed_for_streams_alone(monkeypatch):
-    asked = []
-
-    def online(name, config, split, streaming):
-        asked.append(streaming)
-        yield from [GOOD, GOOD]
-        raise ConnectionError("the network went away")
-
-    monkeypatch.setattr(datasets, "load_dataset", online)
-    rows = stream_examples(["hub:o/n@train"])
-    assert [next(rows).id.split("#")[1] for _ in range(2)] == ["0", "1"]
-    with pytest.raises(ValueError, match="the network went away"):
-        next(rows)
-    with pytest.raises(ValueError, match="the network went away"):
-        load_examples(["hub:o/n@train"])
-    assert asked == [True, False]
-
-
 ROWS = [
     {"messages": [{"role": "user", "content": "hi\u2028"}, {"role": "assistant", "content": "ho"}], "id": "a#0"},
     {"messages": [{"role": "user", "content": "é\n"}], "weight": 0.5},

@@ -250,7 +250,8 @@ def test_a_tokenizer_is_written_for_both_versions_of_transformers(tmp_path):
     ],
 )
 def test_only_a_name_on_the_hub_names_a_base(tmp_path, folder, name):
-    assert find_hub_name(tmp_path / folder) == name
+    found = find_hub_name(tmp_path / folder)
+    assert (found and (found.repo, found.revision)) == (name and (name, "0123abcd"))
 
 
 HF = {"model_type": "llama", **SMALL}

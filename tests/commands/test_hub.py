@@ -1,0 +1,138 @@
+"""Commands on names on the hub: the commits that a run records, and a run that goes on after the hub has changed."""
+
+import json
+
+import pytest
+
+from bilevel_jax.cli import main
+from bilevel_jax.commands.results import read_run
+from bilevel_jax.commands.select.run import select
+from bilevel_jax.lm.checkpoint.folders import find_model_folder
+from bilevel_jax.runs.config.hub_names import find_commits, replace_names
+from bilevel_jax.runs.config.load import EvaluateConfig, SelectConfig, load_config
+from bilevel_jax.runs.infra import inputs
+from tests.lm.hub.hub_server import HubServer, connect
+
+NAMES = ("--model", "me/tiny", "--train", "hub:me/rows@main@train", "--validation", "hub:me/rows@validation")
+NAMES += ("--data.test", "hf://datasets/me/rows/test.jsonl", "--data.split", "1", "0", "0")
+FEW_STEPS = ("--train.max-steps", "6", "--train.num-epochs", "1", "--train.eval-steps", "3")
+
+
+@pytest.fixture(scope="module")
+def hub():
+    server = HubServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def online(hub, made, tmp_path, monkeypatch):
+    """The tiny task on the hub; a call connects as another process would."""
+    hub.repositories.clear()
+    hub.add("model", "me/tiny", {path.name: path.read_bytes() for path in (made / "model").iterdir()})
+    parts = ("train", "validation", "test")
+    hub.add("dataset", "me/rows", {f"{part}.jsonl": (made / f"{part}.jsonl").read_bytes() for part in parts})
+
+    def again(**settings):
+        connect(monkeypatch, hub, tmp_path / "home", **settings)
+        return hub
+
+    again()
+    return again
+
+
+def run(made, verb, out, *flags):
+    return main([verb, str(made / f"{verb}.yaml"), *NAMES, "--out", str(out), *flags])
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def test_a_run_records_commits_and_goes_on_with_them(online, made, tmp_path, capsys, stop_at):
+    hub, out = online(), tmp_path / "out"
+    model, rows = hub.repositories["model", "me/tiny"], hub.repositories["dataset", "me/rows"]
+    pinned = {
+        "model.name_or_path": f"hub:me/tiny@{model.head}",
+        "data.train": f"hub:me/rows@{rows.head}@train",
+        "data.validation": f"hub:me/rows@{rows.head}@validation",
+        "data.test": f"hf://datasets/me/rows@{rows.head}/test.jsonl",
+    }
+    assert run(made, "train", tmp_path / "whole", *FEW_STEPS) == 0
+    stop_at(3)
+    assert run(made, "train", out, *FEW_STEPS) == 128 + 15
+    assert "data.train: hub:me/rows@main@train is read as " + pinned["data.train"] in capsys.readouterr().err
+    records = read_json(out / "hub.json")
+    assert {record["key"]: record["name"] for record in records} == pinned
+    assert [record["asked"].partition("/")[2] for record in records] == [
+        "tiny", "rows@main@train", "rows@validation", "/datasets/me/rows/test.jsonl"
+    ]  # fmt: skip
+    # the branches move, and the network goes away
+    model.commit({"config.json": b"{}"})
+    rows.commit({"train.jsonl": b'{"prompt": "a", "response": "b"}\n'})
+    online(offline=True)
+    stop_at(10**9)
+    assert run(made, "train", out, *FEW_STEPS, "--resume") == 0
+    result = read_json(out / "result.json")
+    assert result["hub"] == records
+    whole = read_json(tmp_path / "whole" / "result.json")
+    assert result["parts"] == whole["parts"] and result["records"] == whole["records"]
+    assert [json.loads(line).get("event") for line in (out / "log.jsonl").read_text().splitlines()].count("hub") == 4
+    assert all(name in (out / "config.yaml").read_text() for name in pinned.values())
+    assert main(["export", str(out), "--out", str(tmp_path / "chosen")]) == 0  # the same rows
+    assert len((tmp_path / "chosen" / "train.jsonl").read_text().splitlines()) == 29
+    online()  # a new run reads what is there now
+    assert run(made, "train", tmp_path / "new", *FEW_STEPS) == 1
+    assert "model_type None is not supported" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_selection_of_names_is_that_of_the_files(online, made, tmp_path):
+    plain = select(load_config(SelectConfig, made / "select.yaml", ["--out", str(tmp_path / "plain")]))
+    assert run(made, "select", tmp_path / "out") == 0
+    found = read_run(load_config(SelectConfig, tmp_path / "out" / "config.yaml"), tmp_path / "out")
+    assert found.weights.shape == (36,) and found.verdict
+    assert read_json(tmp_path / "out" / "result.json")["outer"] == plain["outer"]
+
+
+def test_an_adapter_names_its_base_with_its_commit(online, made, tmp_path):
+    hub, out = online(), tmp_path / "out"
+    head = hub.repositories["model", "me/tiny"].head
+    assert run(made, "train", out, "--lora.r", "2", *FEW_STEPS) == 0
+    adapter = read_json(out / "model-adapter" / "adapter_config.json")
+    assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("me/tiny", head)
+    hub.repositories["model", "me/tiny"].commit({"config.json": b"{}"})
+    online()
+    folders = find_model_folder(out / "model-adapter")
+    assert folders.base.name == head and folders.adapter == out / "model-adapter"
+
+
+def test_a_name_that_is_not_there_leaves_no_folder(online, made, tmp_path, capsys):
+    assert run(made, "select", tmp_path / "out", "--model", "me/tinny") == 1
+    error = capsys.readouterr().err
+    assert "no model me/tinny on the hub" in error and "Nearest: me/tiny" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_are_asked_are_named_on_the_hub_and_services_are_not(online):
+    config = load_config(
+        EvaluateConfig,
+        None,
+        [
+            "--evaluate.model", "me/tiny", "--evaluate.baseline", "me/big@http://localhost:8000/v1",
+            "--data.test", "rows.jsonl",
+        ],
+    )  # fmt: skip
+    head = online().repositories["model", "me/tiny"].head
+    commits = find_commits(config)
+    assert commits == {"me/tiny": f"hub:me/tiny@{head}"}
+    pinned = replace_names(config, commits)
+    assert pinned.evaluate.model == f"hub:me/tiny@{head}" and pinned.evaluate.baseline == config.evaluate.baseline
+    assert inputs.pin_hub_names(pinned) == pinned
+
+
+def test_what_is_inspected_and_estimated_may_be_on_the_hub(online, made, capsys):
+    assert main(["inspect", str(made / "select.yaml"), *NAMES]) == 0
+    flags = ("--estimate.no-measure", "--estimate.no-compile", "--estimate.train-examples", "40")
+    assert main(["estimate", str(made / "select.yaml"), *NAMES, *flags]) == 0
+    assert "model" in capsys.readouterr().out
