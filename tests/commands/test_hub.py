@@ -1,20 +1,26 @@
 """Commands on names on the hub: the commits that a run records, and a run that goes on after the hub has changed."""
 
 import json
+import math
 
+import pyarrow.parquet as pq
 import pytest
 
 from bilevel_jax.cli import main
+from bilevel_jax.commands.export.card import describe_measurements
 from bilevel_jax.commands.results import read_run
 from bilevel_jax.commands.select.run import select
 from bilevel_jax.lm.checkpoint.folders import find_model_folder
+from bilevel_jax.lm.data.examples import load_examples
+from bilevel_jax.lm.models import load_peft, read_config
 from bilevel_jax.runs.config.hub_names import find_commits, replace_names
 from bilevel_jax.runs.config.load import EvaluateConfig, SelectConfig, load_config
 from bilevel_jax.runs.infra import inputs
-from tests.lm.hub.hub_server import HubServer, connect
+from tests.lm.hub.hub_server import TOKEN, HubServer, connect
 
 NAMES = ("--model", "me/tiny", "--train", "hub:me/rows@main@train", "--validation", "hub:me/rows@validation")
 NAMES += ("--data.test", "hf://datasets/me/rows/test.jsonl", "--data.split", "1", "0", "0")
+KEPT = (("dataset", "me/kept"), ("model", "me/tuned"))
 FEW_STEPS = ("--train.max-steps", "6", "--train.num-epochs", "1", "--train.eval-steps", "3")
 
 
@@ -83,16 +89,23 @@ def test_a_run_records_commits_and_goes_on_with_them(online, made, tmp_path, cap
     assert len((tmp_path / "chosen" / "train.jsonl").read_text().splitlines()) == 29
     online()  # a new run reads what is there now
     assert run(made, "train", tmp_path / "new", *FEW_STEPS) == 1
-    assert "model_type None is not supported" in capsys.readouterr().err
+    assert "/test.jsonl: me/rows is on the hub and has no such file; nearest: train.jsonl" in capsys.readouterr().err
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
 def test_a_selection_of_names_is_that_of_the_files(online, made, tmp_path):
-    plain = select(load_config(SelectConfig, made / "select.yaml", ["--out", str(tmp_path / "plain")]))
+    select(load_config(SelectConfig, made / "select.yaml", ["--out", str(tmp_path / "plain")]))
     assert run(made, "select", tmp_path / "out") == 0
     found = read_run(load_config(SelectConfig, tmp_path / "out" / "config.yaml"), tmp_path / "out")
     assert found.weights.shape == (36,) and found.verdict
-    assert read_json(tmp_path / "out" / "result.json")["outer"] == plain["outer"]
+    assert found.weights.tolist() == pq.read_table(tmp_path / "plain" / "weights.parquet")["weight"].to_pylist()
+    hub = online(token=TOKEN)
+    flags = ("--push-to-hub", "me/kept", "--export.push-model-to-hub", "me/tuned")
+    assert main(["export", str(tmp_path / "out"), "--out", str(tmp_path / "kept"), *flags]) == 0
+    for card in (hub.repositories[name].files["README.md"].decode() for name in KEPT):
+        assert "## Certificates" in card and "## When these weights are wrong" in card and "| learned |" in card
+        assert found.verdict.level in card
 
 
 def test_an_adapter_names_its_base_with_its_commit(online, made, tmp_path):
@@ -136,3 +149,84 @@ def test_what_is_inspected_and_estimated_may_be_on_the_hub(online, made, capsys)
     flags = ("--estimate.no-measure", "--estimate.no-compile", "--estimate.train-examples", "40")
     assert main(["estimate", str(made / "select.yaml"), *NAMES, *flags]) == 0
     assert "model" in capsys.readouterr().out
+
+
+def read_back(name, **settings):
+    import datasets
+
+    return datasets.load_dataset(name, split="train", **settings)
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # of httpx, on a large file
+def test_an_export_is_pushed_and_read_back(online, made, tmp_path, capsys):
+    hub, out = online(token=TOKEN), tmp_path / "out"
+    commit = hub.repositories["dataset", "me/rows"].head
+    assert run(made, "train", out, *FEW_STEPS, "--lora.r", "2") == 0
+    flags = ("--selection.top-share", "0.5", "--push-to-hub", "me/kept", "--export.push-model-to-hub", "me/tuned")
+    assert main(["export", str(out), "--out", str(tmp_path / "kept"), *flags, "--private"]) == 0
+    said = capsys.readouterr().out
+    kept, tuned = hub.repositories["dataset", "me/kept"], hub.repositories["model", "me/tuned"]
+    assert kept.private and tuned.private
+    assert f"pushed the data set me/kept, commit {kept.head}: {hub.url}/datasets/me/kept" in said
+    assert f"pushed the model me/tuned, commit {tuned.head}: {hub.url}/me/tuned" in said
+    # by others' programs, and as training data again
+    rows = read_back("me/kept", revision=kept.head)
+    local = [json.loads(line) for line in (tmp_path / "kept" / "train.jsonl").read_text().splitlines()]
+    assert rows["id"][:] == [row["id"] for row in local] and len(rows) == 18
+    assert [example.id for example in load_examples(["hub:me/kept@train"])] == [row["id"] for row in local]
+    card = kept.files["README.md"].decode()
+    assert f"hub:me/rows@{commit}@train" in card and "source_datasets:\n- me/rows" in card
+    assert 'load_dataset("me/kept", split="train")' in card and "| test | " in card and "before, nats per token" in card
+    # the adapter, on the base that it names
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(tuned.files)
+    folders = find_model_folder("me/tuned")
+    assert folders.adapter is not None and load_peft(folders.adapter, read_config(folders.base))
+    card = tuned.files["README.md"].decode()
+    assert "base_model:\n- me/tiny" in card and "base_model_relation: adapter" in card and "AutoPeftModel" in card
+    places = [str(tmp_path), str(made), TOKEN]
+    pushed = b"".join([*kept.files.values(), *tuned.files.values()])
+    assert not any(place.encode() in pushed for place in places) and TOKEN not in said
+    # again: the same rows, and nothing changed by hand in between is lost
+    kept.commit({**kept.files, "README.md": b"my own words"})
+    assert main(["export", str(out), "--out", str(tmp_path / "again"), "--push-to-hub", "me/kept"]) == 1
+    error = capsys.readouterr().err
+    assert "README.md, which no export" in error and f"whole in {tmp_path / 'again'}" in error
+    assert kept.files["README.md"] == b"my own words"
+
+
+def test_what_cannot_be_pushed_is_told_before_anything_is_written(online, made, tmp_path, capsys):
+    online(token=TOKEN)
+    rows = ("--train", str(made / "train.jsonl"), "--selection.top-share", "1", "--out", str(tmp_path / "kept"))
+    table = {
+        ("--push-to-hub", "kept"): "'kept' is no name of a repository",
+        ("--export.push-model-to-hub", "me/tuned"): "give the folder of one",
+    }
+    for flags, text in table.items():
+        assert main(["export", *rows, *flags]) == 1
+        assert text in capsys.readouterr().err and not (tmp_path / "kept").exists()
+    online()
+    assert main(["export", *rows, "--push-to-hub", "me/kept"]) == 1
+    assert "nobody is logged in" in capsys.readouterr().err and not (tmp_path / "kept").exists()
+
+
+def test_a_card_has_the_numbers_of_a_selection_and_when_they_are_wrong():
+    line = {"name": "learned", "rows": 9, "runs": [{}, {}], "mean": {"test": 0.5}, "interval": {"test": 0.25}}
+    result = {
+        "unit": "nats per token",
+        "right": "",
+        "compare": [line | {"name": "all_|_rows", "mean": {"test": 1.5}, "interval": {"test": math.nan}}, line],
+        "recommendation": {"sentence": "Use learned."},
+        "certificates": {
+            "uniform weights": {
+                "predictive": {"correlation": 0.91, "sizes": [1, 0.5], "draws": [0.1] * 9},
+                "reliability": None,
+            }
+        },
+    }
+    text = "\n".join(describe_measurements({"outer": {}}, result))
+    assert "| learned | 0.5000 ± 0.2500 | 9 |" in text and "| all\\_\\|\\_rows | 1.5000 | 9 |" in text
+    assert (
+        "| uniform weights | predictive | correlation 0.91, sizes 1 / 0.5, draws of 9 |" in text
+        and "Use learned." in text
+    )
+    assert "## When these weights are wrong" in text and describe_measurements({}, {}) == []

@@ -20,6 +20,7 @@ from bilevel_jax.commands.export.formats import (
     FormattedRows,
     choose_layout,
 )
+from bilevel_jax.commands.export.push import check_push, push_export, push_model
 from bilevel_jax.commands.export.rows import SelectedExamples, choose_examples
 from bilevel_jax.commands.results import ExportResult
 from bilevel_jax.lm.data.examples import Example, describe_unread_keys, format_count
@@ -46,7 +47,7 @@ def flags_for_run(run: Path) -> list[str]:
 
 
 def export(config: ExportConfig, run: Path | None = None, command: str = "") -> ExportResult:
-    """Write `config.export.dir`, and say in a few lines what is in it.
+    """Write `config.export.dir`, push it where `config.export` says so, and say in a few lines what is in it.
 
     `run` is the folder of a run, where the weights are those of a run; `command` is quoted in the card. Raises
     ValueError for rows that lack a weight or do not fit the form, FileExistsError for a folder that is there already.
@@ -54,6 +55,7 @@ def export(config: ExportConfig, run: Path | None = None, command: str = "") -> 
     folder = Path(config.export.dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there already, and an export never overwrites: choose another with --out.")
+    check_push(config.export, run)
     selected = choose_examples(config, run)
     indices = np.flatnonzero(selected.repeats)
     examples = [selected.examples[i] for i in indices]
@@ -78,14 +80,17 @@ def export(config: ExportConfig, run: Path | None = None, command: str = "") -> 
         lost = [*_warn_of_message_keys(examples, config.export.format), *_warn_of_token_weights(run)]
         instructions = "\n\n".join([formatted.instructions, *lost])
         text = format_dataset_card(config, run, command, selected, target, instructions, has_ids=formatted.has_ids)
-        text = hide_local_paths(text, [value for _, value in flatten_config(config)])  # a card goes where the rows go
+        settings = [*(value for _, value in flatten_config(config)), read_run_config(run) if run else {}]
+        text = hide_local_paths(text, settings)  # a card goes where the rows go
         (temporary_folder / "README.md").write_text(text, encoding="utf-8")
+    pushed = _push(config, run, folder, command)
     summary = [
         *selected.notes,
         *describe_unread_keys(examples),
         *lost,
         *_warn_of_run_verdict(run),
         _summarize_export(config, selected, folder / name, layout),
+        *pushed,
     ]
     return ExportResult(
         folder=folder,
@@ -97,6 +102,20 @@ def export(config: ExportConfig, run: Path | None = None, command: str = "") -> 
         weights=np.asarray(selected.weights),
         repeats=np.asarray(selected.repeats),
     )
+
+
+def _push(config: ExportConfig, run: Path | None, folder: Path, command: str) -> list[str]:
+    """Push what `config.export` says; where it is, in a sentence each."""
+    pushed = []
+    try:
+        if config.export.push_to_hub:
+            pushed.append(push_export(folder, config.export))
+        if config.export.push_model_to_hub and run:
+            pushed.append(push_model(run, config.export, command))
+    except (OSError, ValueError) as error:
+        done = f"; {pushed[0]}" if pushed else ""
+        raise type(error)(f"{error} The export is whole in {folder}{done}: try again with another --out.") from None
+    return pushed
 
 
 def _written_weights(config: ExportConfig, selected: SelectedExamples) -> Float[np.ndarray, "examples"]:

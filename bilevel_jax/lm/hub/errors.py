@@ -2,20 +2,24 @@
 
 import contextlib
 import difflib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
 from bilevel_jax.lm.hub.names import HubName
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+"""Numbers of errors of the operating system, which has words for them."""
 LOG_IN = "log in (`hf auth login`, or HF_TOKEN)"
 
 
 @contextlib.contextmanager
-def explain_errors(name: HubName) -> Iterator[None]:
+def explain_errors(name: HubName, *, is_push: bool = False) -> Iterator[None]:
     """Turn what huggingface_hub, datasets and the network raise into a FileNotFoundError, OSError or ValueError.
 
     Args:
         name: what was asked for.
+        is_push: whether something is written, and not read.
 
     Raises:
         PermissionError: gated, or a token that is not accepted.
@@ -27,9 +31,10 @@ def explain_errors(name: HubName) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if type(error).__module__.startswith("bilevel_jax") or _is_explained(error):
+        is_of_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
+        if type(error).__module__.startswith("bilevel_jax") or _is_explained(error) or is_of_disk:
             raise
-        raise _make_error(name, error) from None
+        raise mark_explained(_find_error(name, error, is_push)) from None
 
 
 def _is_explained(error: Exception) -> bool:
@@ -42,21 +47,16 @@ def mark_explained(error: Exception) -> Exception:
     return error
 
 
-def _make_error(name: HubName, error: Exception) -> Exception:
+def _find_error(name: HubName, error: Exception, is_push: bool) -> Exception:
     """The error to raise for what a library raised."""
-    return mark_explained(_find_error(name, error))
-
-
-def _find_error(name: HubName, error: Exception) -> Exception:
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants, errors, get_token
 
     causes = list(_list_causes(error))
 
     def find(*kinds: type[BaseException]) -> BaseException | None:
         return next((cause for cause in causes if isinstance(cause, kinds)), None)
 
-    is_loading = any("Dataset scripts are no longer supported" in str(cause) for cause in causes)
-    if is_loading:
+    if any("Dataset scripts are no longer supported" in str(cause) for cause in causes):
         return ValueError(
             f"{name}: this data set is read by a program of its own ({name.repo.split('/')[-1]}.py), and code from "
             "the hub is never run. Name its files (hf://datasets/owner/name/file.parquet), or the copy that the hub "
@@ -73,11 +73,10 @@ def _find_error(name: HubName, error: Exception) -> Exception:
             "commit hash that is there."
         )
     if find(errors.RepositoryNotFoundError):
-        is_logged_in = _has_token()
         private = (
-            f"{LOG_IN} if it is private"
-            if not is_logged_in
-            else "if it is private, ask for access for the account of your token"
+            "if it is private, ask for access for the account of your token"
+            if get_token() is not None
+            else f"{LOG_IN} if it is private"
         )
         return FileNotFoundError(
             f"{name}: no {name.noun} {name.repo} on the hub{_describe_path(name)}. {_suggest_names(name)}Look at its "
@@ -96,22 +95,30 @@ def _find_error(name: HubName, error: Exception) -> Exception:
     status = getattr(getattr(find(errors.HfHubHTTPError), "response", None), "status_code", None)
     if status in (401, 403):
         return PermissionError(
-            f"{name}: the hub does not accept the token (status {status}): {LOG_IN} with one that may read {name.repo}."
+            f"{name}: the hub does not accept the token (status {status}): {LOG_IN} with one that may use {name.repo}."
         )
     if status == 429:
         return OSError(f"{name}: the hub answers that there were too many requests (429). {LOG_IN.capitalize()}, or "
                        "wait some minutes.")  # fmt: skip
+    if status == 412:
+        return OSError(f"{name}: somebody else pushed at the same time, and nothing was overwritten. Push again.")
     if status is not None:
         return OSError(f"{name}: the hub answered with status {status}. Try again later; see {repository_url(name)}.")
     if find(ConnectionError, TimeoutError, errors.LocalEntryNotFoundError) or any(
         type(cause).__name__ in NETWORK_ERRORS for cause in causes
     ):
+        if is_push:
+            return ConnectionError(
+                f"{name}: the hub at {_endpoint()} cannot be reached, so nothing was pushed. Look at the network and "
+                "HF_ENDPOINT."
+            )
         return ConnectionError(
             f"{name}: not in the cache ({_cache_folder()}){_describe_path(name)}, and the hub at {_endpoint()} cannot "
             "be reached. Look at the network and HF_ENDPOINT, or fetch it where there is one and copy the cache."
         )
     text = " ".join(str(error).split())[:300].rstrip(".")
-    return ValueError(f"{name}: the {name.noun} cannot be read ({type(error).__name__}: {text}).")
+    action = "pushed" if is_push else "read"
+    return ValueError(f"{name}: the {name.noun} cannot be {action} ({type(error).__name__}: {text}).")
 
 
 NETWORK_ERRORS = (
@@ -136,12 +143,6 @@ def _cache_folder() -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
-
-
-def _has_token() -> bool:
-    from huggingface_hub import get_token
-
-    return get_token() is not None
 
 
 def _list_causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -44,7 +44,7 @@ COMMON_KEYS: dict[str, tuple[str, ...]] = {
     "contradictions": ("draws",),
     "retrain": ("enabled",),
     "certify": ("enabled",),
-    "export": ("dir", "format", "container"),
+    "export": ("dir", "format", "container", "push_to_hub", "push_model_to_hub", "private"),
     "output": ("dir", "resume"),
     "mesh": ("fsdp",),
     "estimate": ("devices", "memory_gib", "train_examples", "compile", "measure", "tflops", "dir"),
@@ -81,6 +81,8 @@ SHORT_FLAGS = {
     "--validation": "data.validation",
     "--weights": "weights.file",
     "--resume": "output.resume",
+    "--push-to-hub": "export.push_to_hub",
+    "--private": "export.private",
 }
 FAST_KEYS = ("retrain.enabled", "certify.enabled")
 """Keys that --fast sets to false."""

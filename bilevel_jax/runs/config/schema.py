@@ -925,6 +925,18 @@ class ExportSection:
     weight_key: bool = True
     """Write the weight of each example as its `weight`, and in llama_factory_v1 as `loss_weight` of answers, too."""
 
+    push_to_hub: str = ""
+    """owner/name of a data set on the Hugging Face hub that the files are pushed to, with their card; empty: none."""
+
+    push_model_to_hub: str = ""
+    """owner/name that the run's model is pushed to, or its adapter, if the base has a name on the hub; empty: none."""
+
+    private: bool = False
+    """Repositories that are made on the hub are seen by their owner alone."""
+
+    replace: bool = False
+    """Overwrite files on the hub that no export made or that were changed since; the history there keeps them."""
+
 
 @dataclass(frozen=True)
 class ArraysSection:

@@ -280,11 +280,10 @@ class HubServer:
         ]})  # fmt: skip
 
     def lfs_batch(self, request, body, token, query, prefix, name):
-        objects = [
-            {**one, "actions": {} if one["oid"] in self.uploads else {
-                "upload": {"href": f"{self.url}/upload/{one['oid']}"}}}
-            for one in json.loads(body)["objects"]
-        ]  # fmt: skip
+        objects = json.loads(body)["objects"]
+        for one in objects:
+            if one["oid"] not in self.uploads:
+                one["actions"] = {"upload": {"href": f"{self.url}/upload/{one['oid']}"}}
         send(request, 200, {"transfer": "basic", "objects": objects})
 
     def upload(self, request, body, token, query, oid):
