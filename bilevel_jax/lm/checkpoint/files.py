@@ -1,4 +1,4 @@
-"""JSON objects and safetensors of a model folder, and the names of its files."""
+"""JSON objects, safetensors and file names of a model folder."""
 
 import fnmatch
 import json

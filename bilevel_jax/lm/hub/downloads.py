@@ -1,4 +1,4 @@
-"""Commits and files of hub repositories, from the hub or its cache on this machine.
+"""Commits and files of repositories on the hub, or in its cache.
 
 All of it goes through huggingface_hub, which keeps what it fetched (HF_HOME), logs in (HF_TOKEN), asks another server
 (HF_ENDPOINT) and, with HF_HUB_OFFLINE=1, reads its cache alone. No code of a repository is run: of a model

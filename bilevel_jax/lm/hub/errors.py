@@ -1,4 +1,4 @@
-"""Errors of the hub in one sentence, with the remedy; never with a token."""
+"""Errors of the hub in one sentence; never with a token."""
 
 import contextlib
 import difflib

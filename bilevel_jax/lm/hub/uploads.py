@@ -1,4 +1,4 @@
-"""Files pushed to a repository on the hub, in one commit that takes nothing away from others.
+"""Files pushed to a repository on the hub in one commit.
 
 A pushed repository holds `bilevel_jax.json`, which lists its files and their hashes. What it does not list, or lists
 with another hash, is somebody's own: it is not overwritten unless that is asked for, and then its earlier state stays

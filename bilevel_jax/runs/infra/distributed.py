@@ -90,10 +90,7 @@ def require_agreement(topic: str, values: Mapping[str, str]) -> None:
     """
     if _peers is None and not is_multiprocess():
         return
-    if _peers is None:  # the caller has started JAX by itself
-        _meet_after_jax(DistributedSection().initialization_timeout)
-    assert _peers is not None
-    tables = [json.loads(text) for text in _peers.gather(topic, json.dumps(dict(values)))]
+    tables = [json.loads(text) for text in _gather_texts(topic, json.dumps(dict(values)))]
     keys = dict.fromkeys(key for table in tables for key in table)
     differences = [
         _describe_difference(key, [table.get(key, "nothing") for table in tables])
@@ -102,6 +99,7 @@ def require_agreement(topic: str, values: Mapping[str, str]) -> None:
     ]
     if not differences:
         return
+    assert _peers is not None
     _peers.agree_to_stop()
     more = f", and {len(differences) - MAX_DIFFERENCES} more" if len(differences) > MAX_DIFFERENCES else ""
     raise PeerError(
@@ -205,10 +203,7 @@ def share_text(topic: str, work: Callable[[], str]) -> str:
     """The text that the first process makes, in every process; all fail where it fails. `topic` says what it is."""
     if _peers is None and not is_multiprocess():
         return work()
-    if _peers is None:
-        _meet_after_jax(DistributedSection().initialization_timeout)
-    assert _peers is not None
-    return _peers.gather(topic, run_on_first_process(work) or "")[0]
+    return _gather_texts(topic, run_on_first_process(work) or "")[0]
 
 
 def compute_on_first_process(work: Callable[[], np.ndarray], like: np.ndarray) -> np.ndarray:
@@ -220,6 +215,14 @@ def compute_on_first_process(work: Callable[[], np.ndarray], like: np.ndarray) -
 def wait_for_all_processes() -> None:
     """Return when all processes are here: what each of them wrote before can be read, what it read can be replaced."""
     allgather_values([0])
+
+
+def _gather_texts(topic: str, text: str) -> list[str]:
+    """The text of each process."""
+    if _peers is None:  # the caller has started JAX by itself
+        _meet_after_jax(DistributedSection().initialization_timeout)
+    assert _peers is not None
+    return _peers.gather(topic, text)
 
 
 def _finish() -> None:
