@@ -22,6 +22,7 @@ from bilevel_jax.runs.budget import compiled_steps, memory, work
 from bilevel_jax.runs.config.load import SelectConfig, TrainConfig, load_config, load_config_to_estimate
 from bilevel_jax.runs.config.schema import CertifySection, RetrainSection
 from bilevel_jax.runs.engine import trajectory_store
+from bilevel_jax.runs.infra.placement import replicate, replicate_unplaced
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.text import prepare_text_task, tokenize_splits
@@ -125,6 +126,18 @@ def test_each_target_is_estimated_by_its_own_validation_batch(made, files, tmp_p
         one.num_rows for part in task.target_corpora.values() for one in part[1:2]
     )
     assert abs(on_disk - said) < 6000, (on_disk, said)
+
+
+@pytest.mark.parametrize("flags", [(), ("--lora.r", "2")], ids=["all", "lora"])
+def test_a_run_finds_the_steps_that_an_estimate_compiled(made, tmp_path, flags):
+    """In the compilation cache, whose key is the program with the shardings of its arguments."""
+    _, subject, task = subjects(made, tmp_path, *flags, "--mesh.data", "1")
+    batch, weights = task.training_stream(0).batch(0), replicate(task.mesh, jnp.ones(task.num_examples))
+    state = replicate_unplaced(task.mesh, init_train_state(task.optimizer, task.init_params(0)))
+    part = task.train_step.gather(weights, batch)
+    real = task.train_step.forward.lower(state, part, task.frozen(state.params), batch)
+    program = compiled_steps.forward_program(subject.task, subject.shapes)
+    assert program.function.lower(*program.arguments).as_text() == real.as_text()
 
 
 @pytest.mark.slow  # compiles two steps of a run twice

@@ -67,7 +67,9 @@ def step_shapes(task: TextTask, batch: Batch) -> StepShapes:
     state = TrainState(params, opt, count)
     dtype, index = jax.tree.leaves(params)[0].dtype, batch["index"]
     weights = jax.ShapeDtypeStruct((task.num_examples,), dtype, sharding=replicated)
-    hyper_slice = jax.ShapeDtypeStruct(index.shape, dtype, sharding=index.sharding)
+    # as jax names the sharding of what it computes: a run then finds in its cache what an estimate has compiled
+    spread = index.sharding if task.mesh.size > 1 else replicated
+    hyper_slice = jax.ShapeDtypeStruct(index.shape, dtype, sharding=spread)
     return StepShapes(
         params, state, Adjoint(params, tree.inexact_leaves(opt)), weights, hyper_slice, task.frozen(params), batch
     )
