@@ -149,7 +149,9 @@ def estimate_compute(
         needed_bytes = max(
             bytes_per_device(step.program.arguments) + step.compiled.workspace_bytes for step in steps.values()
         )
-        if needed_bytes * count > 0.8 * free_bytes:
+        if not free_bytes:
+            source = "not measured: the device does not tell how much memory is free"
+        elif needed_bytes * count > 0.8 * free_bytes:
             source = (
                 f"not measured: a step takes {needed_bytes * count / GIB:.1f} GiB, and {free_bytes / GIB:.1f} are free"
             )
@@ -220,10 +222,12 @@ def _time_batch(abstract_run: AbstractRun) -> float:
 
 
 def free_memory_bytes() -> float:
-    """Bytes that are free for arrays now, on all devices."""
+    """Bytes that are free for arrays now, on all devices; 0 where an accelerator does not tell."""
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return float(stats["bytes_limit"] - stats["bytes_in_use"]) * jax.device_count()
+    if jax.devices()[0].platform != "cpu":
+        return 0.0  # the host's memory is not the device's
     meminfo = Path("/proc/meminfo")
     match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.is_file() else None
     return 1024.0 * int(match[1]) if match else device_memory_bytes() * jax.device_count() / 2

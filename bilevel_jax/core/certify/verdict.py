@@ -270,6 +270,10 @@ def _judge_others_prediction(certificates: Certificates, others: RemovalPredicti
 
 # ---- what speaks against, what leaves doubt, and what limits the scope: (reason, remedy), or nothing
 
+REPEAT_BITS = (
+    "Run again on one kind of device; on a GPU, which adds to an embedding's gradient in no fixed order, with "
+    "XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true."
+)
 LOWER_RATE = "Lower the learning rate, lengthen the warm-up, raise eps_root, or use a window."
 
 
@@ -284,7 +288,7 @@ class _Ratio(NamedTuple):
 def _find_against(certificates: Certificates) -> tuple[str, str] | None:
     checks, smooth, removal = certificates.checks, certificates.metasmoothness, certificates.removal_prediction
     if not checks.replayed:
-        return "replaying the training run did not end where training did.", "Run again on one kind of device."
+        return "replaying the training run did not end where training did.", REPEAT_BITS
     if checks.curvature <= 0:
         reason = f"the curvature is not positive definite ({checks.curvature:.2g})."
         return reason, "Raise the prior, or use Gauss-Newton curvature, or unrolled."

@@ -20,6 +20,8 @@ from bilevel_jax.runs.infra.run_dir import remove_folder
 GIB = 2.0**30
 DEFAULT_MEMORY_SHARE = 0.5
 """Share of the memory that the model leaves on a device: what stored states take where the config says nothing."""
+PINNED_HOST = "pinned_host"
+"""JAX's name of the host's page-locked memory."""
 MAX_PENDING_WRITES = 2
 """States that wait to be written before training waits for them."""
 
@@ -46,11 +48,16 @@ def plan_checkpoints(
     state_bytes = bytes_per_device(state)
     step_bytes = state_bytes + bytes_per_device(state.params) + (linearization_size() if outer.linearize else 0)
     min_bytes = step_bytes + (state_bytes if outer.offload == "device" else 0)
-    budget = outer.memory_gib * GIB or max(
-        min_bytes,
-        DEFAULT_MEMORY_SHARE
-        * ((device_bytes or device_memory_bytes()) - bytes_per_device(base) - bytes_per_device(state.params)),
-    )
+    budget = outer.memory_gib * GIB
+    if not budget:
+        device_bytes = device_bytes or device_memory_bytes()
+        if not device_bytes:
+            raise ValueError(
+                f"{jax.local_devices()[0].device_kind} does not tell its memory (on GPUs where "
+                "XLA_PYTHON_CLIENT_ALLOCATOR is platform): set outer.memory_gib, what stored states may take of it."
+            )
+        left = device_bytes - bytes_per_device(base) - bytes_per_device(state.params)
+        budget = max(min_bytes, DEFAULT_MEMORY_SHARE * left)
     if budget < min_bytes:
         raise ValueError(
             f"outer.memory_gib = {outer.memory_gib:g}: a sweep keeps at least one state of training and one step, "
@@ -81,12 +88,22 @@ def make_state_store(
 
 
 class HostStore(MutableMapping[int, TrainState]):
-    """States in the host's memory: page-locked, so that they are copied while the device goes on."""
+    """States in the host's memory: page-locked, so that they are copied while the device goes on.
+
+    Raises ValueError for a device that has no such memory.
+    """
 
     def __init__(self, like: TrainState):
+        device = jax.local_devices()[0]
+        kinds = [memory.kind for memory in device.addressable_memories()]
+        if PINNED_HOST not in kinds:
+            raise ValueError(
+                f"outer.offload = host: {device.device_kind} has no memory {PINNED_HOST}, only {', '.join(kinds)}. Set "
+                "outer.offload to disk or device."
+            )
         self._device_sharding = jax.tree.map(lambda leaf: leaf.sharding, like)
         self._host_sharding = jax.tree.map(
-            lambda sharding: sharding.with_memory_kind("pinned_host"), self._device_sharding
+            lambda sharding: sharding.with_memory_kind(PINNED_HOST), self._device_sharding
         )
         self._states: dict[int, TrainState] = {}
 
@@ -206,13 +223,16 @@ def linearization_bytes(step: TrainStep, *arguments: Any) -> int:
 
 
 def device_memory_bytes() -> float:
-    """Bytes that one device of this machine has; the CPU's devices share the machine's.
+    """Bytes that one device of this machine has, 0 where an accelerator does not tell; CPU devices share the machine's.
 
     Of several processes all call this, and get the least of all: what is planned by it must be the same in each.
     """
-    stats = jax.local_devices()[0].memory_stats() or {}  # those of other processes cannot be asked
-    machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    device_bytes = float(stats.get("bytes_limit", machine_bytes / len(jax.local_devices())))
+    device = jax.local_devices()[0]  # those of other processes cannot be asked
+    if device.platform == "cpu":
+        machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        device_bytes = machine_bytes / len(jax.local_devices())
+    else:
+        device_bytes = float((device.memory_stats() or {}).get("bytes_limit", 0))
     if not distributed.is_multiprocess():
         return device_bytes
     return float(distributed.allgather_values([int(device_bytes) >> 20]).min()) * (1 << 20)

@@ -1,6 +1,7 @@
 """Where the states of a training are kept for its sweep."""
 
 import errno
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,41 @@ def test_a_damaged_state_is_an_error_and_a_full_disk_is_told(tmp_path, monkeypat
     store[1] = state(1)
     with pytest.raises(OSError, match="disk"):
         store.wait_until_written()
+
+
+class Accelerator:
+    """A device that is not here, as far as it is asked."""
+
+    platform, device_kind = "gpu", "NVIDIA H200"
+
+    def __init__(self, stats=None, kinds=("device",)):
+        self.stats, self.kinds = stats, kinds
+
+    def memory_stats(self):
+        return self.stats
+
+    def addressable_memories(self):
+        return [SimpleNamespace(kind=kind) for kind in self.kinds]
+
+
+def test_an_accelerator_has_its_own_memory_and_not_the_hosts(monkeypatch):
+    shapes = jax.eval_shape(lambda: state(0))
+    monkeypatch.setattr(jax, "local_devices", lambda: [Accelerator({"bytes_limit": 4000 + 2 * 48_100})])
+    assert trajectory_store.device_memory_bytes() == 4000 + 2 * 48_100
+    assert trajectory_store.plan_checkpoints(OuterSection(), 50, shapes, None) == CheckpointPlan(3, 2)
+    for stats in (None, {}, {"bytes_limit": 0}):
+        monkeypatch.setattr(jax, "local_devices", lambda stats=stats: [Accelerator(stats)])
+        assert trajectory_store.device_memory_bytes() == 0
+        with pytest.raises(ValueError, match="NVIDIA H200 does not tell its memory.*set outer.memory_gib"):
+            trajectory_store.plan_checkpoints(OuterSection(), 50, shapes, None)
+        given = OuterSection(memory_gib=200_000 / trajectory_store.GIB)
+        assert trajectory_store.plan_checkpoints(given, 50, shapes, None) == CheckpointPlan(3, 14)
+
+
+def test_offload_to_a_host_without_pinned_memory_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, "local_devices", lambda: [Accelerator(kinds=("device", "unpinned_host"))])
+    with pytest.raises(ValueError, match="outer.offload = host: .*only device, unpinned_host.*to disk or device"):
+        trajectory_store.make_state_store(OuterSection(offload="host"), tmp_path, state(0))
 
 
 def test_what_is_planned_fits_the_budget():
