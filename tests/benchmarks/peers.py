@@ -113,7 +113,7 @@ def main(*, problems: list[str], only: list[str], rounds: int, threads: int, clo
             chosen = {"mlp": TRAINING + ON_ARRAYS, "transformer": TRAINING, "solve": SOLVING}[name]
             kept = {one.plain for one in chosen if _matches(one, only)} | {chosen[0].name}
             chosen = [one for one in chosen if one.name in kept or _matches(one, only)]
-            measured = Measured(_exact(problem, threads), *_retrain(problem, threads, retrains))
+            measured = Measured(exact_hypergradient(problem, threads), *_retrain(problem, threads, retrains))
             table(name, compete(chosen, problem, measured, rounds, threads, clock), chosen)
     print(f"\nload {os.getloadavg()[0]:.1f} at the end")
 
@@ -224,7 +224,7 @@ def _work(pipe: Connection, one: Contestant, problem: Any, threads: int) -> None
         module = importlib.import_module(f"tests.benchmarks.{one.module}")
         run = getattr(module, one.function)(problem, **one.options)
         found = run()
-        megabytes = _peak(run)
+        megabytes = peak_megabytes(run)
         pipe.send(("found", (found, megabytes)))
         while (asked := pipe.recv()) != "stop":
             pipe.send(("seconds", _seconds(CLOCKS[asked], run, megabytes > LARGE)))
@@ -234,7 +234,7 @@ def _work(pipe: Connection, one: Contestant, problem: Any, threads: int) -> None
         pipe.send(("failed", f"does not run: {type(error).__name__}: {' '.join(str(error).split())[:200]}"))
 
 
-def _peak(run: Callable) -> float:
+def peak_megabytes(run: Callable) -> float:
     """A run's largest resident size above that before it, MB."""
     _give_back()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
@@ -275,7 +275,7 @@ PROBLEMS = {
 }
 
 
-def _exact(problem: Any, threads: int) -> np.ndarray:
+def exact_hypergradient(problem: Any, threads: int) -> np.ndarray:
     if isinstance(problem, peers_problems.Regression):
         return problem.exact
     worker = Worker(ORACLE, problem, threads)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,6 +130,20 @@ def setting(
     rows: Rows,
     optimizer: optax.GradientTransformation,
     *,
+    dtype: Any = jnp.float32,
+    **options: Any,
+) -> Setting:
+    """`compose` with the small real model."""
+    architecture, base = models.load_model(shared / "models" / MODEL, dtype=dtype)
+    return compose(architecture, base, rows, optimizer, dtype=dtype, **options)
+
+
+def compose(
+    architecture: models.DecoderConfig,
+    base: Params,
+    rows: Rows,
+    optimizer: optax.GradientTransformation,
+    *,
     steps: int,
     batch: int,
     micro: int,
@@ -139,9 +153,12 @@ def setting(
     dtype: Any = jnp.float32,
     seed: int = 0,
     mesh: Mesh | None = None,
+    wrap_losses: Callable[[Callable], Callable] = lambda losses: losses,
 ) -> Setting:
-    """Fine-tuning of all parameters, or of adapters of q and v, as a run composes it; on a mesh where one is given."""
-    architecture, base = models.load_model(shared / "models" / MODEL, dtype=dtype)
+    """Fine-tuning of all parameters, or of adapters of q and v, as a run composes it; on a mesh where one is given.
+
+    `wrap_losses` makes other losses of examples of those of the objective.
+    """
     lora = lora_rank > 0
     params = (
         models.init_lora(architecture, jax.random.key(1), rank=lora_rank, alpha=2 * lora_rank, dtype=dtype)
@@ -149,7 +166,7 @@ def setting(
         else base
     )
     chosen = build_objective(Chosen(), models.make_decoder(architecture), lora=lora)
-    values, loss = chosen.losses, chosen.composite_loss
+    values, loss = wrap_losses(chosen.losses), chosen.composite_loss
     problem = weighted(values, prior=proximal(prior, lambda fixed: fixed["start"]) if prior else None)
     size = rows.train.num_examples
     order = batches.shuffled_order(size, batch, seed)
