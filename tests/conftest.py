@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Set before jax starts, and in the environment, so that the processes that tests start inherit them.
 # Most of the tests' time is compiling: code that is optimised less halves it.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # where there is a GPU, too
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ["BILEVEL_JAX_DEBUG"] = "1"  # the command line hides no error that it does not know
