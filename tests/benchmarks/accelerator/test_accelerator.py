@@ -230,7 +230,7 @@ def test_all_rows_in_small(tmp_path):
             assert 1 <= values["flops"][f"{step}, counted"] / values["flops"][step] < 1.2
     precision = found["precision 25k all float64"]["values"]
     assert max(precision["error"].values()) == 0  # a CPU has one precision
-    assert max(precision["error_to_float64"].values()) < 1e-3
+    assert max(precision["error_to_float64"].values()) < 5e-3  # measured: 9e-4, by Adam with eps_root 1e-12
     assert found["linearise 25k all"]["values"]["error"] < 1e-4
     offload = found["offload 25k all"]["values"]
     assert offload["equal"] and offload["replayed"]
