@@ -53,6 +53,9 @@ COMMANDS = {
     "estimate": Command(
         "EstimateConfig", "estimate memory, disk, work and hours of a run before it starts"
     ),
+    "watch": Command(
+        "WatchConfig", "draw a view of a running run in the terminal: its progress and the curves of its log"
+    ),
     "export": Command(
         "ExportConfig",
         "write the examples that their weights select, for another trainer; CONFIG may be a run's folder",
@@ -196,6 +199,15 @@ def _run_estimate(name: str, arguments: list[str]) -> str:
     return _call("run_estimate", *load_config_to_estimate(path, flags))
 
 
+def _run_watch(name: str, arguments: list[str]) -> str:
+    """Draw the view of the run in a folder."""
+    from bilevel_jax.commands.watch.run import watch
+    from bilevel_jax.runs.config.load import load_watch_config
+
+    state = watch(load_watch_config(*_split_config(arguments)))
+    return "It has ended." if state.result is not None else "It has not ended."
+
+
 def _check_config_file(path: str | None) -> None:
     """Raise an error for the config of a run's folder that is not as the run wrote it."""
     from bilevel_jax.runs.infra import seals
@@ -204,7 +216,9 @@ def _check_config_file(path: str | None) -> None:
         seals.check(path)
 
 
-RUNNERS: dict[str, Callable[[str, list[str]], str]] = {"export": _run_export, "estimate": _run_estimate}
+RUNNERS: dict[str, Callable[[str, list[str]], str]] = {
+    "export": _run_export, "estimate": _run_estimate, "watch": _run_watch,
+}  # fmt: skip
 """Commands that take something else than a config file; the others are run by `_run`."""
 
 

@@ -17,6 +17,7 @@ RANKS = (
     "scores",
     "runs/stats.py",
     "runs/terminal.py",
+    "runs/tensorboard.py",
     "runs/config",
     "runs/infra",
     "runs/tasks",

@@ -382,6 +382,7 @@ class _OuterSteps:
         }
         self.records.append(record)
         self.session.log.write({"event": "outer", **record})
+        self.session.write_histogram("weights", step, lambda: distributed.fetch_to_host(weights)[: len(of_rows)])
         checkpoint.save_checkpoint(self.folder, step, self._saved_arrays(), {"records": self.records})
         self.session.mark_saved()
 

@@ -40,6 +40,7 @@ COMMON_KEYS: dict[str, tuple[str, ...]] = {
     "generate": ("num_generations", "temperature", "max_new_tokens"),
     "verifier": ("name", "answer_field"),
     "show": ("examples", "ids"),
+    "watch": ("seconds", "once"),
     "selection": ("top_share",),
     "contradictions": ("draws",),
     "retrain": ("enabled",),

@@ -275,6 +275,18 @@ class EstimateConfig:
     estimate: schema.EstimateSection = schema.EstimateSection()
 
 
+@dataclass(frozen=True)
+class WatchConfig:
+    """Draw a terminal view of a run while it runs: what it does, how long it will take, and the curves of its log.
+
+    `bilevel-jax watch DIR` reads the files of the run's folder and changes nothing. DIR may be a URL (s3://bucket/run),
+    and the folder of a run on another machine that is mounted here or that a tool copies. It ends when the run does;
+    Ctrl-C ends it before, and not the run.
+    """
+
+    watch: schema.WatchSection = schema.WatchSection()
+
+
 OuterLoopConfig = SelectConfig | CompareConfig | AuditConfig
 RunConfig = OuterLoopConfig | TrainConfig
 """Of the commands whose memory and work are estimated."""
@@ -297,6 +309,9 @@ COMMANDS: dict[type, str] = {
     ScoreConfig: "score", EvaluateConfig: "evaluate",
 }  # fmt: skip
 
+COMMANDS_WITHOUT_RUN: dict[type, str] = {EstimateConfig: "estimate", WatchConfig: "watch"}
+"""Commands whose config no file holds: they read the config, or the folder, of a run."""
+
 SHIPPED_CONFIGS: dict[type, str] = {SelectConfig: "configs/select.yaml", TrainConfig: "configs/train.yaml"}
 """Configs that come with the package and are used where none is given."""
 
@@ -318,6 +333,7 @@ RESUME_EXEMPT_KEYS = (
     "output.dir",
     "output.resume",
     "output.progress",
+    "output.tensorboard",
     "output.save_minutes",
     *_SERVICE_KEYS,
     *RESUME_ROUNDING_KEYS,
@@ -371,7 +387,7 @@ def print_config_help(config_class: Any, path: str | None, show_all: bool) -> No
 
     Shows the keys that most runs set, or all.
     """
-    command = COMMANDS.get(config_class, "estimate")
+    command = (COMMANDS | COMMANDS_WITHOUT_RUN)[config_class]
     if path is not None and config_class in COMMANDS and not Path(path).is_dir():
         config = read_yaml_config(config_class, find_config(path), ignored_sections(config_class))
         print_help(config, f"bilevel-jax {command} {path}", show_all)
@@ -383,7 +399,7 @@ def print_config_help(config_class: Any, path: str | None, show_all: bool) -> No
             f"Without CONFIG the defaults are those of {shipped}, as below. Keys that a CONFIG does not set have "
             f"defaults of their own: bilevel-jax {command} CONFIG --help shows them.\n"
         )
-    print_help(config, f"bilevel-jax {command} [CONFIG]", show_all)
+    print_help(config, f"bilevel-jax {command} {'DIR' if config_class is WatchConfig else '[CONFIG]'}", show_all)
 
 
 def ignored_sections(config_class: Any) -> Collection[str]:
@@ -398,6 +414,19 @@ def _remove_inputs(config: Any) -> Any:
     """The same config without the model and data that stand in for those of a user."""
     data = dataclasses.replace(config.data, train=(), validation=(), dev=(), test=())
     return dataclasses.replace(config, model=dataclasses.replace(config.model, name_or_path=""), data=data)
+
+
+def load_watch_config(folder: str | None, overrides: Sequence[str] = ()) -> WatchConfig:
+    """The settings of `watch` for a run's folder.
+
+    Raises:
+        ValueError: without a folder, or for a wrong value.
+        FlagError: for a wrong flag.
+    """
+    own = ["--watch.dir", folder] if folder else []
+    config = parse_flags(WatchConfig(), [*own, *overrides], "bilevel-jax watch DIR", _keys_of_other_commands())
+    check_config(config, "the command line")
+    return config
 
 
 def load_config_to_estimate(
@@ -458,7 +487,7 @@ def choose_config_to_estimate(command: str, read: Callable[[Any], Any], config_s
 def _keys_of_other_commands() -> dict[str, list[str]]:
     """Every key of every command -> the commands that have it."""
     keys: dict[str, list[str]] = {}
-    for config_class, command in [*COMMANDS.items(), (EstimateConfig, "estimate")]:
+    for config_class, command in (COMMANDS | COMMANDS_WITHOUT_RUN).items():
         for key, _ in flatten_config(config_class()):
             keys.setdefault(key, []).append(command)
     return keys

@@ -700,6 +700,9 @@ class OutputSection:
     progress: bool = True
     """Show a progress bar."""
 
+    tensorboard: bool = False
+    """Write the log's numbers and histograms of learned weights for TensorBoard: event files in DIR/tensorboard."""
+
     save_minutes: Positive = 10.0
     """Minutes between checkpoints."""
 
@@ -716,6 +719,9 @@ class TrainOutputSection:
 
     progress: bool = True
     """Show a progress bar."""
+
+    tensorboard: bool = False
+    """Write the log's numbers and histograms of learned weights for TensorBoard: event files in DIR/tensorboard."""
 
     save_minutes: Positive = 10.0
     """Minutes between checkpoints."""
@@ -852,6 +858,20 @@ class DistributedSection:
 
     initialization_timeout: Count = 300
     """Seconds to wait at the start for the other processes."""
+
+
+@dataclass(frozen=True)
+class WatchSection:
+    """What `watch` shows, and how often."""
+
+    dir: Annotated[str, Required("name the folder of a run")] = ""
+    """Folder of a run of any command, or its URL (s3://bucket/run)."""
+
+    seconds: Positive = 2.0
+    """Seconds between two drawings."""
+
+    once: bool = False
+    """Draw once and stop, as where the output is no terminal."""
 
 
 @dataclass(frozen=True)

@@ -293,6 +293,7 @@ class OuterLoop:
         record |= {"work": self.session.work_done - work_before + features_work, "seconds": time.monotonic() - began}
         self.records.append(record)
         self.session.log.write({"event": "outer", **record})
+        self.session.write_histogram("weights", step, lambda: fetch_to_host(weights)[: self.task.num_examples])
         self.session.print_line(format_record(f"outer step {step:>3}", record, self.task.outer_objective.unit))
         checkpoint.save_checkpoint(self.folder, step, self.state, {"records": self.records})
         self.session.mark_saved()

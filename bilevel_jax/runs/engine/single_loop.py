@@ -197,6 +197,7 @@ class SingleLoopRecorder:
                 f"validation loss is {loss['validation']} at step {step} of {self.num_steps}. Lower "
                 "optimizer.learning_rate, or set optimizer.max_grad_norm, and start anew with --out."
             )
+        self.session.write_histogram("weights", step, lambda: fetch_to_host(weights))
         return {
             "step": step,
             "loss": loss,

@@ -7,13 +7,18 @@ readers pass over it, and the next append cuts it off first. Each line ends in a
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bilevel_jax.runs.infra import distributed, seals
 from bilevel_jax.runs.infra.run_dir import disk_full_error, fsync_path
 from bilevel_jax.storage import copies
+
+NO_MEASUREMENTS = {"event", "step", "part", "work", "seconds", "first", "kept"}
+"""Keys of a record of the log that are no measurement."""
+NAMES = {"losses": "training loss", "rates": "learning rate", "ess": "effective sample size", "auc": "AUC of labels"}
+"""What the other keys are called where they are shown."""
 
 
 class LineEnd(NamedTuple):
@@ -129,6 +134,9 @@ class JsonLog:
         """Put the log on the disk, and note how far it goes."""
         self._journal.sync()
 
+    def write_histogram(self, name: str, step: int, values: Any) -> None:
+        """Nothing: a log holds records."""
+
     def close(self) -> None:
         """Put the log on the disk."""
         self.sync()
@@ -138,6 +146,28 @@ def read_journal(path: str | Path) -> list[dict[str, Any]]:
     """All records of a journal; none where there is no file. Raises ValueError for a damaged one."""
     seals.check(path)
     return Journal(path, fsync=False).read_new()
+
+
+def list_numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float, float]]:
+    """(name, step, value) of each number of a record, at most two levels deep."""
+    step = float(record.get("step", 0))
+    for key, value in record.items():
+        if key in NO_MEASUREMENTS:
+            continue
+        words = NAMES.get(key, key.replace("_", " "))
+        name = f"{words} {prefix}" if prefix in ("loss", "accuracy") else f"{prefix} {words}".strip()
+        if isinstance(value, bool | int | float) and math.isfinite(value):
+            yield name, step, float(value)
+        elif isinstance(value, Mapping) and not prefix:
+            for inner, _, number in list_numbers(value, name):
+                yield inner, step, number
+        elif key in ("losses", "rates") and isinstance(value, list):
+            first = record.get("first", step)
+            yield from (
+                (name, first + place, float(number))
+                for place, number in enumerate(value)
+                if isinstance(number, int | float) and math.isfinite(number)
+            )
 
 
 def _to_jsonable(value: Any) -> Any:

@@ -1,12 +1,54 @@
-"""The progress bar of a run, in a terminal and in a notebook."""
+"""The progress bar of a run, and the file by which others follow it."""
 
+import contextlib
 import io
+import json
+import os
 import time
+from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bilevel_jax.runs.terminal import in_notebook, make_console
+from bilevel_jax.storage import copies
+
+PROGRESS_FILE = "progress.json"
+
+
+class ProgressFile:
+    """progress.json in the folder of a run while it runs: what it does, how far it is and how long it will take.
+
+    `bilevel-jax watch` reads it. It is written again every few seconds, holds nothing that the run needs, and is
+    removed when the run ends; a run that was killed leaves it behind, with the time of its last sign of life.
+    """
+
+    SECONDS = 2.0
+    """Between two writes."""
+
+    def __init__(self, path: Path):
+        self._path, self._last_write = path, time.monotonic()
+
+    def update(self, task: Task) -> None:
+        """Write it where it is time to; a disk that is full is no reason to stop."""
+        if time.monotonic() - self._last_write < self.SECONDS:
+            return
+        self._last_write = time.monotonic()
+        state = {
+            "phase": task.description, "done": task.completed, "total": task.total, "seconds": task.elapsed,
+            "seconds_left": task.time_remaining, "time": time.time(), "process": os.getpid(),
+        }  # fmt: skip
+        part = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
+        with contextlib.suppress(OSError):
+            part.write_text(json.dumps(state), encoding="utf-8")
+            os.replace(part, self._path)
+        copies.publish_later(self._path)
+
+    def remove(self) -> None:
+        """The run has ended."""
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+            copies.remove(self._path)
 
 
 def make_progress_bar(shown: bool) -> Progress:

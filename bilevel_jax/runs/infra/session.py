@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.progress import Progress
 
+from bilevel_jax.runs import tensorboard
 from bilevel_jax.runs.config.load import COMMANDS, check_same_config, config_to_yaml
 from bilevel_jax.runs.config.rules import flatten_config
 from bilevel_jax.runs.infra import distributed, identity, inputs, run_dir, seals
-from bilevel_jax.runs.infra.journal import JsonLog
-from bilevel_jax.runs.infra.progress import make_progress_bar
+from bilevel_jax.runs.infra.journal import JsonLog, list_numbers
+from bilevel_jax.runs.infra.progress import PROGRESS_FILE, ProgressFile, make_progress_bar
 from bilevel_jax.runs.terminal import make_console
 from bilevel_jax.storage import copies, lease, urls
 from bilevel_jax.storage.objects import StorageError
@@ -49,10 +51,13 @@ class Interrupted(Exception):
 class Session:
     """A run in progress. `advance` counts work; `run_once` remembers the results of finished jobs across a resume."""
 
-    def __init__(self, folder: Path, log: JsonLog, bar: Progress, save_seconds: float):
+    def __init__(self, folder: Path, log: JsonLog, bar: Progress, save_seconds: float, *, has_events: bool = False):
         self.folder: Path = folder
-        self.log: JsonLog | PartLog = log
+        self.log: JsonLog | EventLog | PartLog = log
+        self.has_events = has_events
+        """Whether the run writes event files of TensorBoard."""
         self._bar, self._task = bar, bar.add_task("starting", total=None)
+        self._progress_file = ProgressFile(folder / PROGRESS_FILE) if distributed.is_first_process() else None
         self._save_seconds, self._last_save = save_seconds, time.monotonic()
         self._received_signal = _start_signal
         self._agreed_signal = 0
@@ -67,16 +72,33 @@ class Session:
     def set_phase(self, description: str, total: float | None = None) -> None:
         """Name what is being done; `total` is the work of the whole run, in training steps."""
         self._bar.update(self._task, description=description, total=total)  # None leaves the total as it is
+        self._write_progress()
 
     def advance(self, amount: float = 1.0) -> None:
         """Count work, in training steps (a forward and a backward pass)."""
         self.work_done += amount
         self._bar.update(self._task, completed=self.work_done)
+        self._write_progress()
+
+    def _write_progress(self) -> None:
+        if self._progress_file is not None:
+            self._progress_file.update(self._bar.tasks[self._task])
+
+    def close(self) -> None:
+        """The run has ended, or stops here."""
+        self.log.close()
+        if self._progress_file is not None:
+            self._progress_file.remove()
 
     def print_line(self, line: str) -> None:
         """One line for the person who watches."""
         if distributed.is_first_process():
             _print_line(self._bar.console, line)
+
+    def write_histogram(self, name: str, step: int, fetch: Callable[[], np.ndarray]) -> None:
+        """A histogram for TensorBoard, where it is on; `fetch`, which all processes then call, gives the values."""
+        if self.has_events:
+            self.log.write_histogram(name, step, fetch())
 
     def should_save(self) -> bool:
         """Whether to save now: a signal came, or the last save is long ago."""
@@ -177,6 +199,7 @@ class PartSession(Session):
 
     def __init__(self, parent: Session, name: str):
         self.folder, self.log = parent.folder / "parts" / name, PartLog(parent.log, name)
+        self.has_events = parent.has_events
         self._parent, self._name = parent, name
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 
@@ -209,15 +232,53 @@ class PartSession(Session):
         self._parent.check_signals(at_once=at_once)
 
 
+class EventLog:
+    """A log whose numbers are also written as event files of TensorBoard, by the first process."""
+
+    def __init__(self, log: JsonLog, folder: Path):
+        self._log, self._events = log, tensorboard.EventWriter(folder) if distributed.is_first_process() else None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record; its numbers have the tag PART/EVENT/NAME."""
+        self._log.write(record)
+        if self._events is not None:
+            place = [str(record[key]) for key in ("part", "event") if key in record]
+            numbers: dict[str, list[tuple[float, float]]] = {}
+            for name, step, value in list_numbers(record):
+                numbers.setdefault(tensorboard.make_tag(*place, name), []).append((step, value))
+            self._events.add_scalars(numbers)
+
+    def write_histogram(self, name: str, step: int, values: np.ndarray) -> None:
+        """A histogram; the log has none."""
+        if self._events is not None:
+            self._events.add_histogram(tensorboard.make_tag(name), step, values)
+
+    def sync(self) -> None:
+        """Put the log on the disk."""
+        self._log.sync()
+        if self._events is not None:
+            self._events.flush()
+
+    def close(self) -> None:
+        """Put all of it on the disk."""
+        self._log.close()
+        if self._events is not None:
+            self._events.close()
+
+
 class PartLog:
     """A log whose records say which part of the run wrote them."""
 
-    def __init__(self, log: "JsonLog | PartLog", name: str):
+    def __init__(self, log: "JsonLog | EventLog | PartLog", name: str):
         self._log, self._name = log, name
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record with the part's name."""
         self._log.write({"part": self._name, **record})
+
+    def write_histogram(self, name: str, step: int, values: np.ndarray) -> None:
+        """As of the whole, with the part's name."""
+        self._log.write_histogram(f"{self._name}/{name}", step, values)
 
     def sync(self) -> None:
         """Put the log on the disk, and note how far it goes."""
@@ -248,6 +309,8 @@ def open_run_dir(config: Any) -> Iterator[Path]:
         )
     if distributed.is_multiprocess():
         distributed.require_agreement("the run", identity.list_shared_values(config))
+    if config.output.tensorboard:
+        tensorboard.check_installed()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_catch_signals_at_start())
         stack.enter_context(copies.shown_errors())
@@ -396,7 +459,9 @@ def start_session(config: Any, folder: Path) -> Iterator[Session]:
         distributed.run_on_first_process(lambda: run_dir.reopen_run(folder))
     distributed.run_on_first_process(lambda: identity.record_environment(folder))
     distributed.run_on_first_process(lambda: inputs.record_inputs(config, folder))
-    with open_session(folder, progress=output.progress, save_seconds=60 * output.save_minutes) as run_session:
+    with open_session(
+        folder, progress=output.progress, save_seconds=60 * output.save_minutes, has_events=output.tensorboard
+    ) as run_session:
         for record in inputs.read_hub_records(folder):
             run_session.print_line(f"{record.key}: {record.asked} is read as {record.name}")
             if not output.resume:
@@ -405,18 +470,20 @@ def start_session(config: Any, folder: Path) -> Iterator[Session]:
 
 
 @contextlib.contextmanager
-def open_session(folder: Path, *, progress: bool, save_seconds: float) -> Iterator[Session]:
+def open_session(folder: Path, *, progress: bool, save_seconds: float, has_events: bool = False) -> Iterator[Session]:
     """Open a run: catch signals, show the bar; close all of it whatever happens."""
     distributed.run_on_first_process(lambda: (folder / "checkpoints").mkdir(exist_ok=True))
     bar = make_progress_bar(progress and distributed.is_first_process())
-    log = JsonLog(folder / seals.LOG_FILE)
-    run_session = Session(folder, log, bar, save_seconds)
+    log: Any = JsonLog(folder / seals.LOG_FILE)
+    if has_events:
+        log = EventLog(log, folder / tensorboard.FOLDER)
+    run_session = Session(folder, log, bar, save_seconds, has_events=has_events)
     distributed.wait_for_all_processes()  # all have read which jobs are finished, before one notes another
     try:
         with _signal_handler(run_session.handle_signal), bar:
             yield run_session
     finally:
-        log.close()
+        run_session.close()
 
 
 def _print_line(console: Any, line: str) -> None:

@@ -32,6 +32,7 @@ SAME_HASH = {
     "output.dir": "where the results are written",
     "output.resume": "whether a run continues",
     "output.progress": "what the terminal shows",
+    "output.tensorboard": "the numbers of the log, once more in another form",
     "output.save_minutes": "when checkpoints are written",
     "generate.concurrency": "how many answers are waited for at once",
     "generate.timeout": "how long an answer is waited for",
