@@ -230,3 +230,17 @@ def test_a_card_has_the_numbers_of_a_selection_and_when_they_are_wrong():
         and "Use learned." in text
     )
     assert "## When these weights are wrong" in text and describe_measurements({}, {}) == []
+
+
+def test_a_run_on_object_storage_goes_on_with_its_commits(online, made, s3, stop_at, tmp_path):
+    hub, url = online(), "s3://bucket/team/run"
+    rows = hub.repositories["dataset", "me/rows"]
+    stop_at(3)
+    assert run(made, "train", url, *FEW_STEPS) == 128 + 15
+    records = json.loads(s3.names()["team/run/hub.json"])
+    assert f"hub:me/rows@{rows.head}@train" in [record["name"] for record in records]
+    rows.commit({"train.jsonl": b'{"prompt": "a", "response": "b"}\n'})
+    online()
+    stop_at(10**9)
+    assert run(made, "train", url, *FEW_STEPS, "--resume") == 0
+    assert json.loads(s3.names()["team/run/result.json"])["hub"] == records

@@ -15,7 +15,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -342,7 +341,7 @@ def summarize_examples(examples: Sequence[Example]) -> str:
     with_reasoning = sum(bool(turn.reasoning) for turn in answers)
     with_weight = sum(turn.weight != 1 for turn in answers)
     shortened = sum(e.num_dropped_turns > 0 for e in examples)
-    by_file = [f"{n:,} {kind} from {Path(file).name}" for (kind, file), n in formats_and_files.most_common()]
+    by_file = [f"{n:,} {kind} from {files.short_name(file)}" for (kind, file), n in formats_and_files.most_common()]
     by_format = [f"{n:,} {kind}" for kind, n in formats_only.most_common()]
     parts = [
         format_count("row", len(examples)),

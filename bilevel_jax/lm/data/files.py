@@ -86,6 +86,13 @@ def write_rows(path: str | Path, rows: Iterable[dict[str, Any]], file_format: st
     FILE_WRITERS[file_format](Path(path), rows)
 
 
+def short_name(path: str) -> str:
+    """The name of a path without its folder, or of a data set on the hub without its commit: for people."""
+    if name := parse_dataset_name(path):
+        return str(name._replace(revision="") if name.is_pinned else name)
+    return Path(path).name
+
+
 def source_name(path: str) -> str:
     """The name of a path without its folder and ending: what the rows of a file are called after."""
     if name := parse_dataset_name(path):

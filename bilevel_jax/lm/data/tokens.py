@@ -259,6 +259,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             raise  # from the handler of a signal
         with contextlib.suppress(FileNotFoundError):
             models.read_config(folder)  # its own words where the config.json, which transformers reads too, is at fault
+        if "contains custom code" in str(error):
+            raise ValueError(
+                f"{folder}: the tokenizer is a program of its own (auto_map in tokenizer_config.json), and code of a "
+                "model's folder is never run. Take a model whose tokenizer is one of transformers' own."
+            ) from None
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no text")
         raise ValueError(
             f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {text[:200].rstrip('.:')}). Look at "

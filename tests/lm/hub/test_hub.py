@@ -8,7 +8,7 @@ import pytest
 from bilevel_jax.lm import models
 from bilevel_jax.lm.builtin import cipher
 from bilevel_jax.lm.checkpoint.folders import find_model_folder
-from bilevel_jax.lm.data.examples import load_examples, stream_examples
+from bilevel_jax.lm.data.examples import load_examples, stream_examples, summarize_examples
 from bilevel_jax.lm.data.tokens import load_tokenizer
 from bilevel_jax.lm.hub.downloads import find_model_files, resolve_commit
 from bilevel_jax.lm.hub.names import parse_dataset_name, parse_model_name
@@ -154,7 +154,8 @@ def test_rows_are_read_by_their_name(online):
     assert len(list(stream_examples(["hub:me/rows@train"]))) == 5
     (example,) = load_examples(["hf://datasets/me/rows/more/extra.jsonl"])
     assert (example.where, example.source) == ("hf://datasets/me/rows/more/extra.jsonl:1", "extra")
-    assert load_examples([f"hub:me/rows@{repository.head}@train"])[0].source == "rows"
+    examples = load_examples([f"hub:me/rows@{repository.head}@train"])
+    assert examples[0].source == "rows" and "from hub:me/rows@train;" in summarize_examples(examples)
 
 
 def test_configurations_are_those_of_the_card(online):
@@ -222,6 +223,7 @@ ERRORS = {
     "gated": ("me/gated", PermissionError, r"accept its terms at http://127.*/me/gated, then log in \(`hf auth login`"),
     "private": ("me/private", FileNotFoundError, r"log in \(`hf auth login`, or HF_TOKEN\) if it is private"),
     "code": ("me/code", ValueError, r"auto_map names modeling_own.py\), and code of a model's folder is never run"),
+    "code of a tokenizer": ("me/own-tokenizer", ValueError, "the tokenizer is a program of its own .*never run"),
     "only pickles": ("me/bin", FileNotFoundError, "model.safetensors"),
     "no such data": ("hub:me/rowz@train", FileNotFoundError, "no data set me/rowz on the hub. Nearest: me/rows"),
     "no such split": ("hub:me/rows@trian", ValueError, r"no split 'trian'; nearest: 'train'; .*me/rows@REVISION@train"),
@@ -247,6 +249,9 @@ def test_what_cannot_be_had_is_told_in_one_sentence(online, model_files, case, c
     hub.add("model", "me/private", model_files, private=True)
     own = json.loads(model_files["config.json"]) | {"auto_map": {"AutoModelForCausalLM": "modeling_own.Model"}}
     hub.add("model", "me/code", model_files | {"config.json": json.dumps(own)})
+    own = json.loads(model_files["tokenizer_config.json"]) | {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}
+    own["tokenizer_class"] = "OwnTokenizer"
+    hub.add("model", "me/own-tokenizer", model_files | {"tokenizer_config.json": json.dumps(own), "own.py": "exit(3)"})
     hub.add("model", "me/bin", {name: data for name, data in model_files.items() if "safetensors" not in name})
     hub.add("dataset", "me/rows", {"train.jsonl": lines(3), "test.jsonl": lines(1)})
     hub.add("dataset", "me/secret", {"train.jsonl": lines(3)}, gated=True)
@@ -254,7 +259,8 @@ def test_what_cannot_be_had_is_told_in_one_sentence(online, model_files, case, c
     hub.add("dataset", "me/empty", {"README.md": "nothing"})
     name, kind, text = ERRORS[case]
     with pytest.raises(kind, match=text) as error:
-        load_examples([name]) if "hub:" in name or "hf:" in name else models.load_model(name)
+        read = load_tokenizer if "tokenizer" in name else models.load_model
+        load_examples([name]) if "hub:" in name or "hf:" in name else read(name)
     assert "\n" not in str(error.value) and capfd.readouterr().err == ""
 
 
