@@ -13,7 +13,7 @@ from bilevel_jax.commands.select.run import select
 from bilevel_jax.lm.checkpoint.folders import find_model_folder
 from bilevel_jax.lm.data.examples import load_examples
 from bilevel_jax.lm.models import load_peft, read_config
-from bilevel_jax.runs.config.hub_names import find_commits, replace_names
+from bilevel_jax.runs.config.hub_names import describe_hub_names, find_commits, replace_names
 from bilevel_jax.runs.config.load import EvaluateConfig, SelectConfig, load_config
 from bilevel_jax.runs.infra import inputs
 from tests.lm.hub.hub_server import TOKEN, HubServer, connect
@@ -133,14 +133,17 @@ def test_models_that_are_asked_are_named_on_the_hub_and_services_are_not(online)
         None,
         [
             "--evaluate.model", "me/tiny", "--evaluate.baseline", "me/big@http://localhost:8000/v1",
-            "--data.test", "rows.jsonl",
+            "--data.test", "rows.jsonl", "--evaluate.base", "hub:me/tiny@main",
         ],
     )  # fmt: skip
     head = online().repositories["model", "me/tiny"].head
     commits = find_commits(config)
-    assert commits == {"me/tiny": f"hub:me/tiny@{head}"}
+    assert commits == {name: f"hub:me/tiny@{head}" for name in ("me/tiny", "hub:me/tiny@main")}
     pinned = replace_names(config, commits)
     assert pinned.evaluate.model == f"hub:me/tiny@{head}" and pinned.evaluate.baseline == config.evaluate.baseline
+    assert [(record.key, record.asked) for record in describe_hub_names(pinned)] == [
+        ("evaluate.model", "hub:me/tiny"), ("evaluate.base", "hub:me/tiny@main")
+    ]  # fmt: skip
     assert inputs.pin_hub_names(pinned) == pinned
 
 
@@ -192,6 +195,16 @@ def test_an_export_is_pushed_and_read_back(online, made, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "README.md, which no export" in error and f"whole in {tmp_path / 'again'}" in error
     assert kept.files["README.md"] == b"my own words"
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
+@pytest.mark.parametrize("container", ["parquet", "datasets", "json"])
+def test_every_container_is_read_back(online, made, tmp_path, container):
+    hub = online(token=TOKEN)
+    rows = ("--train", str(made / "train.jsonl"), "--selection.top-share", "1", "--export.container", container)
+    assert main(["export", *rows, "--out", str(tmp_path / "kept"), "--push-to-hub", "me/kept"]) == 0
+    there = read_back("me/kept", revision=hub.repositories["dataset", "me/kept"].head)
+    assert len(there) == 36 and set(there.column_names) == {"prompt", "completion", "id", "weight"}
 
 
 def test_what_cannot_be_pushed_is_told_before_anything_is_written(online, made, tmp_path, capsys):

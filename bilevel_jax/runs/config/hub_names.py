@@ -29,17 +29,14 @@ class HubRecord(NamedTuple):
     """As it was given, with the prefix."""
 
 
-_asked: dict[str, list[str]] = {}
-"""Name with its commit -> the names, as they were given, that this process took for it."""
+_asked: dict[tuple[str, str], list[str]] = {}
+"""(key, name with its commit) -> the names, as they were given there, that this process took for it."""
 
 
 def describe_hub_names(config: Any) -> list[HubRecord]:
     """The names on the hub in a config whose names have commits."""
-    records = []
-    for key, value, parse in _iterate_names(config):
-        if name := parse(value):
-            records += [HubRecord(key, str(name), asked) for asked in _asked.get(str(name), [str(name)])]
-    return records
+    names = dict.fromkeys((key, str(name)) for key, value, parse in _iterate_names(config) if (name := parse(value)))
+    return [HubRecord(*name, asked) for name in names for asked in _asked.get(name, [name[1]])]
 
 
 def find_commits(config: Any, records: Sequence[HubRecord] = ()) -> dict[str, str]:
@@ -50,10 +47,10 @@ def find_commits(config: Any, records: Sequence[HubRecord] = ()) -> dict[str, st
     """
     known = {record.asked: record.name for record in records}
     pinned = {}
-    for _, value, parse in _iterate_names(config):
+    for key, value, parse in _iterate_names(config):
         if name := parse(value):
             pinned[value] = known.get(str(name)) or str(name.with_commit(resolve_commit(name)))
-            asked = _asked.setdefault(pinned[value], [])
+            asked = _asked.setdefault((key, pinned[value]), [])
             asked += [str(name)] if str(name) not in asked else []
     return pinned
 
