@@ -61,9 +61,10 @@ def unrolled_estimator(problem: Problem, step: TrainStep, *, window: int | None 
 
     Wrong when training is chaotic at this learning rate: the derivative is right and predicts nothing. Read
     `checks.growth`, and ask `certify`. `checks.replayed` is False where replayed steps missed the state that training
-    reached (another device, another program): then another run was differentiated. With `plan.linearize` replayed
-    steps are another program than trained ones: their states had the same bits in every case tried on CPUs; where a
-    compiler orders sums otherwise there, `replayed` is False for a difference that is rounding.
+    reached (another device, another program, or a GPU's additions in no fixed order, which
+    XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true orders): then another run was differentiated. With
+    `plan.linearize` replayed steps are another program than trained ones: their states had the same bits in every case
+    tried on CPUs; where a compiler orders sums otherwise there, `replayed` is False for a difference that is rounding.
 
     Args:
         problem: as `weighted` or `shared` gives it.

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import bilevel_jax as bj
 from bilevel_jax.core.types import Adjoint
+from tests.benchmarks import peers
 from tests.benchmarks.accelerator import __main__ as command
 from tests.benchmarks.accelerator import machine, measure, problem, table
 from tests.benchmarks.accelerator.cells import ROWS, Cell, Costs, count_work, list_cells
@@ -158,6 +160,23 @@ def test_cells_that_do_not_fit_are_listed_and_the_rest_goes_on(fake, tmp_path):
     fake.answers["machine"] = measured(MACHINE | {"kind": "NVIDIA L4"})
     with pytest.raises(SystemExit, match="holds results of NVIDIA H200, and this is NVIDIA L4.*another --out"):
         command.Run(tmp_path, 3.0, False, []).measure_all()
+
+
+def test_bergson_runs_beside_ours_where_it_is_installed(monkeypatch):
+    def compete(chosen, problem, measured, rounds, threads, clock):
+        assert [one.function for one in chosen] == ["plain", "alone", "bergson", "swept"]
+        results = {one.name: peers.Result([2.0], 1.0, 1e-6 if one.plain != one.name else None) for one in chosen}
+        return results | {chosen[0].name: peers.Result([], reason="not installed: torch")}
+
+    monkeypatch.setattr(peers, "compete", compete)
+    monkeypatch.setattr(peers, "exact_hypergradient", lambda problem, threads: np.zeros(2))
+    monkeypatch.setitem(peers.PROBLEMS, "transformer", lambda folder: None)
+    monkeypatch.setitem(sys.modules, "bergson", None)
+    assert "bergson is not installed" in answer(Cell("bergson"))["why"]
+    monkeypatch.setitem(sys.modules, "bergson", peers)
+    line = {"row": "bergson", "name": "bergson", "size": "", "lora": False, **answer(Cell("bergson"))}
+    text = table.format_tables([line])
+    assert "| bilevel_jax, √T snapshots | 2 | 1.0e-06 |" in text and "| not installed: torch |" in text
 
 
 def test_what_a_cell_raises_is_its_line(monkeypatch):

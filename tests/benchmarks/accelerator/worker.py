@@ -7,6 +7,7 @@ import queue
 import subprocess
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def answer(cell: Cell) -> dict[str, Any]:
         return {"status": "not run", "why": str(reason), "values": {}}
     except Exception as error:  # noqa: BLE001 - a cell's failure is a line of the table
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        print(text, file=sys.stderr, flush=True)
+        traceback.print_exc()  # to the log
         is_memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
         return {"status": "out of memory" if is_memory else "failed", "why": text, "values": {}}
 
