@@ -15,6 +15,7 @@ from bilevel_jax.core.certify import RemovalPrediction, compare_with_retrains
 from bilevel_jax.core.types import PADDING, Params, Stream, TrainState, TrainStep
 from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.runs import stats
+from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.infra.step_loop import run_steps
 from bilevel_jax.runs.tasks.evaluation import evaluate_per_example
@@ -166,7 +167,7 @@ def _vmap_step(step: TrainStep) -> tuple[Callable, Callable]:
 
 def single_example_stream(stream: Stream, row: int) -> Stream:
     """The validation stream with one row alone: its share of L_v, which is its loss over the number of rows."""
-    matching_steps = (step for step in range(stream.steps) if (np.asarray(stream.batch(step)["index"]) == row).any())
+    matching_steps = (step for step in range(stream.steps) if (fetch_to_host(stream.batch(step)["index"]) == row).any())
     batch = stream.batch(next(matching_steps))
     masked_batch = {**batch, "index": jnp.where(batch["index"] == row, batch["index"], PADDING)}
     return Stream(lambda _: masked_batch, 1)

@@ -32,8 +32,9 @@ from bilevel_jax.runs.engine.trainer import (
     check_hypergradient_finite,
     delete_stored_states,
 )
-from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.runs.infra import distributed, run_dir
 from bilevel_jax.runs.infra.checkpoint import keep_last_checkpoints
+from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.placement import cache_stream
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.scoring.difficulty import measure_difficulty
@@ -197,7 +198,7 @@ def _run_audit(
         )
         session.print_line(f"the exact hypergradients: {verdict}")
     session.set_phase("writing")
-    keep_last_checkpoints(session.folder)
+    distributed.run_on_first_process(lambda: keep_last_checkpoints(session.folder))
     result = judge.judge_scores(
         task,
         scores,
@@ -227,7 +228,7 @@ def _run_audit(
         result["tokens"] = tokens.describe_extremes(task, token_values, exact, config.audit.token_examples)
     run_dir.write_parquet(session.folder / SCORES_FILE, add_estimate_columns(task, estimate_scores, session.folder))
     run_dir.write_result(session.folder, result)
-    report.write_audit_report(session.folder)
+    distributed.run_on_first_process(lambda: report.write_audit_report(session.folder))
     return result
 
 
@@ -268,7 +269,6 @@ def compute_estimates(
         query_streams[start : start + config.audit.vmap_size]
         for start in range(0, len(query_streams), config.audit.vmap_size)
     ]
-    (session.folder / "parts").mkdir(exist_ok=True)
     for name in config.audit.estimators:
         session.set_phase(f"hypergradients: {name}")
         estimate = make_estimator(name, config, task, uniform_training, session)
@@ -445,7 +445,7 @@ def add_estimate_columns(task: Task, scores: list[DataScore], folder: Path) -> p
     """scores.parquet with the estimates as columns next to the cheap scores."""
     path, rows = folder / SCORES_FILE, task.trainable_indices()
     ids = pa.table({"id": [task.examples[row].id for row in rows]})
-    table = run_dir.read_parquet(path) if path.exists() else ids
+    table = run_dir.read_parquet(path) if distributed.is_there(path) else ids
     metadata = dict(table.schema.metadata or {})
     for score in scores:
         if score.name in table.column_names:  # of a run that was stopped after it wrote them
@@ -469,8 +469,7 @@ def _estimate_once(
         before, began = session.work_done, time.monotonic()
         result = estimate(streams)
         check_hypergradient_finite(result, name)
-        with run_dir.atomic_replace(path) as place, open(place, "wb") as file:
-            np.save(file, -np.asarray(result.grad))
+        run_dir.write_arrays(path, -fetch_to_host(result.grad))
         first_checks = {key: np.ravel(value)[0].item() for key, value in result.checks._asdict().items()}
         checks = {key: value for key, value in first_checks.items() if not math.isnan(value)}
         value = float(np.ravel(result.validation_loss)[0])

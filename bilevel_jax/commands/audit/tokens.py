@@ -59,8 +59,7 @@ def compute_tokens(
             plan=plan._replace(linearize=False),
             on_step=on_step,
         )
-        with run_dir.atomic_replace(path) as place, open(place, "wb") as file:
-            np.save(file, np.concatenate(found.values))
+        run_dir.write_arrays(path, np.concatenate(found.values))
 
     session.set_phase("hypergradients of tokens")
     session.run_once("tokens", compute, path.exists())

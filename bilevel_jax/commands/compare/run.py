@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from bilevel_jax.runs.evaluation.answers import ModelAnswers
 from bilevel_jax.runs.evaluation.arms import collect_arm_answers, compare_arms
 from bilevel_jax.runs.evaluation.measures import Evaluation
 from bilevel_jax.runs.evaluation.run_models import prepare_run_evaluation
-from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.runs.infra import distributed, run_dir
+from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.stats import mean_interval
 from bilevel_jax.runs.tasks import splits
@@ -198,7 +200,7 @@ def _run_comparison(
     run_dir.write_parquet(session.folder / "weights.parquet", pa.concat_tables(tables))
     run_dir.write_result(session.folder, result)
     run_dir.write_atomic(session.folder / "table.md", report.format_markdown(result))
-    report.write_compare_report(session.folder)
+    distributed.run_on_first_process(lambda: report.write_compare_report(session.folder))
     return result
 
 
@@ -284,7 +286,8 @@ class Repetition:
         if answers_itself:
             self._answer(name, load_own)
         del load_own  # and with it a model that it may still hold
-        run_dir.remove_folder(part_folder(self.session, name, self.seed))
+        folder = part_folder(self.session, name, self.seed)
+        distributed.run_on_first_process(partial(run_dir.remove_folder, folder))
         if name == "mixing":
             return cell, weights
         task, trainable = self.task, self.task.trainable_indices()
@@ -355,8 +358,7 @@ def learn_weights(
         outcome = run()
         if keeps_own and outcome.params is not None:
             own_params.append(outcome.params)
-        with run_dir.atomic_replace(path) as place, open(place, "wb") as file:
-            np.save(file, outcome.weights)
+        run_dir.write_arrays(path, outcome.weights)
         return _make_cell(task, outcome, outer_loss)
 
     cell = session.run_once(key, make, path.exists())
@@ -404,9 +406,8 @@ def _train_uniform(
             task.training_stream(sections.data.seed),
         )
         alignment, losses = compute_baseline_scores(task, trainer, run, ones)
-        path.parent.mkdir(exist_ok=True)
-        with run_dir.atomic_replace(path) as place, open(place, "wb") as file:
-            np.savez(file, alignment=np.asarray(alignment), losses=np.asarray(losses)[: task.num_examples])
+        arrays = {"alignment": fetch_to_host(alignment), "losses": fetch_to_host(losses)[: task.num_examples]}
+        run_dir.write_arrays(path, arrays)
         return session.work_done - before
 
     session.set_phase(key)

@@ -13,7 +13,7 @@ from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.config.schema import GenerateSection, VerifierSection
 from bilevel_jax.runs.evaluation.models import Candidate
 from bilevel_jax.runs.evaluation.questions import Question
-from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.runs.infra import distributed, run_dir
 from bilevel_jax.runs.scoring.verifiers import parse_choice, parse_final_number
 
 FOLDER, PROMPTS_FILE = "harness", "prompts.jsonl"
@@ -46,7 +46,7 @@ def write_harness_task(
     if not usable:
         return [], notes
     target = folder / FOLDER
-    target.mkdir(exist_ok=True)
+    distributed.run_on_first_process(lambda: target.mkdir(exist_ok=True))
     name = "bilevel_" + re.sub(r"\W+", "_", folder.resolve().name).strip("_").lower()
     rows = [
         {"id": item.id, "prompt": item.text, "target": make_target(item.reference or "", verifier)} for item in usable

@@ -9,7 +9,7 @@ from bilevel_jax.runs.evaluation import answers
 from bilevel_jax.runs.evaluation.measures import Evaluation, measure, prepare_evaluation
 from bilevel_jax.runs.evaluation.models import ROLES, describe_templates, open_candidates
 from bilevel_jax.runs.evaluation.summary import make_judge, summarize, write_tables
-from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.runs.infra import distributed, run_dir
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 
 
@@ -60,7 +60,7 @@ def _run_evaluation(config: EvaluateConfig, evaluation: Evaluation, session: Ses
         session.print_line(line)
     write_tables(session.folder, metrics, questions, models, measures)
     run_dir.write_result(session.folder, result)
-    report.write_evaluate_report(session.folder)
+    distributed.run_on_first_process(lambda: report.write_evaluate_report(session.folder))
     return result
 
 

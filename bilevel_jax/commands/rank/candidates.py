@@ -82,7 +82,7 @@ def write_candidates(
     the writer's context does not hold, and for a question that rank.own_answers leaves out.
     """
     path = session.folder / STRATEGIES_FILE
-    is_kept = distributed.broadcast_from_first(path.exists()) == 1
+    is_kept = distributed.is_there(path)
     write = partial(_write, config, rank_model, questions, session, path)
     notes = session.run_once("candidates", write, is_kept=is_kept)
     return str(path), notes

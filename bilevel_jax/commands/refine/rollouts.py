@@ -135,7 +135,7 @@ def collect_rollouts(
     question_examples = [task.examples[row] for row in question_rows]
     question_prompts = make_task_prompts(task, config.data, question_examples)
     draws = config.generate.num_generations
-    if not distributed.broadcast_from_first(path.exists()):
+    if not distributed.is_there(path):
         numbers = range(round_number * draws, (round_number + 1) * draws)
         responses = generator(question_prompts, numbers) if question_prompts else []
 

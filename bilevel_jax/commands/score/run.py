@@ -77,7 +77,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
 def _run_scoring(config: ScoreConfig, scorer: Scorer, session: Session) -> dict[str, Any]:
     folder = session.folder
     distributed.run_on_first_process(lambda: chunk_path(folder, 0).parent.mkdir(parents=True, exist_ok=True))
-    if not distributed.broadcast_from_first((folder / SCORES_FILE).exists()):
+    if not distributed.is_there(folder / SCORES_FILE):
         _score_chunks(config, scorer, session)
     return distributed.run_on_first_process(lambda: _finish(config, scorer.rater, session)) or {}
 

@@ -41,6 +41,7 @@ def find_first_nonfinite(
         lambda params, part, fixed, batch: inner_loss_and_grad(problem, params, part, fixed, batch)[1]
     )
     update = jax.jit(optimizer.update)
+    gather, apply_updates = jax.jit(problem.gather), jax.jit(optax.apply_updates)
     for step in range(int(state.step), last_step + 1):
         if leaf := _nonfinite_leaf(state.params):
             return f"{leaf} of the parameters is not finite before step {step}"
@@ -50,12 +51,12 @@ def find_first_nonfinite(
         nonfinite = index[present & ~np.isfinite(values)]
         if len(nonfinite):
             return f"at step {step} the loss of {_list_examples(nonfinite, example_name)} is not finite"
-        grad = loss_gradient(state.params, problem.gather(hyper, batch), fixed, batch)
+        grad = loss_gradient(state.params, gather(hyper, batch), fixed, batch)
         if leaf := _nonfinite_leaf(grad):
             examples = _describe_step(index[present], example_name)
             return f"at step {step} every loss is finite, and the gradient of {leaf} is not; {examples}"
         updates, opt = update(grad, state.opt_state, state.params)
-        state = TrainState(optax.apply_updates(state.params, updates), opt, jnp.asarray(step + 1))
+        state = TrainState(apply_updates(state.params, updates), opt, jnp.asarray(step + 1))
         if leaf := _nonfinite_leaf(state.params):
             return f"the update of step {step} made {leaf} not finite; {_describe_step(index[present], example_name)}"
     return "taken again, those steps stayed finite: the numbers are not repeated to the bit here"
@@ -64,9 +65,15 @@ def find_first_nonfinite(
 def _nonfinite_leaf(tree: Any) -> str:
     """The path of the first leaf that is not finite, or nothing."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    fine = jax.device_get([jnp.isfinite(leaf).all() for _, leaf in leaves])
+    fine = jax.device_get(_find_finite([leaf for _, leaf in leaves]))
     broken = (path for (path, _), ok in zip(leaves, fine, strict=True) if not ok)
     return next((jax.tree_util.keystr(path, simple=True, separator="/") for path in broken), "")
+
+
+@jax.jit
+def _find_finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    """Whether each is finite: one program, as those of several processes may wait for each other array by array."""
+    return [jnp.isfinite(leaf).all() for leaf in leaves]
 
 
 def _list_examples(indices: np.ndarray, example_name: Callable[[int], str]) -> str:

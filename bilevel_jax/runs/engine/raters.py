@@ -101,7 +101,7 @@ def make_rater_features(
             "here they judge by another loss (section target): name others, as length, loss, hidden and uniform_loss."
         )
     path = session.folder / "checkpoints" / "rater" / "features.safetensors"
-    if not distributed.broadcast_from_first(path.exists()):
+    if not distributed.is_there(path):
         made = _make_features(task, settings, session, scores_settings, train_seed)
         distributed.run_on_first_process(lambda: path.parent.mkdir(parents=True, exist_ok=True))
         arrays = _recipe_arrays(made.recipe) | {"raw": made.table.raw, "scaled": made.table.scaled}

@@ -40,7 +40,7 @@ from bilevel_jax.runs.engine.folds import (
     turn_validation_stream,
 )
 from bilevel_jax.runs.engine.nonfinite import find_first_nonfinite
-from bilevel_jax.runs.infra import checkpoint, distributed
+from bilevel_jax.runs.infra import checkpoint
 from bilevel_jax.runs.infra.placement import replicate, replicate_unplaced
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks.evaluation import held_out_indices
@@ -82,12 +82,6 @@ class Trainer:
     def __init__(self, task: Task, outer: OuterSection, session: Session):
         self.task, self.outer, self.session = task, outer, session
         self.folder: Path = session.folder / "checkpoints" / checkpoint.MID_STEP_FOLDER
-        split = dict(task.mesh.shape).get("fsdp", 1) > 1
-        if outer.method == "implicit" and split and distributed.is_multiprocess() and jax.default_backend() == "cpu":
-            raise ValueError(
-                "outer.method = implicit with mesh.fsdp above 1 can hang in several processes on CPUs: the "
-                "programs of its solve wait for each other. Set mesh.fsdp to 1, or outer.method to unrolled."
-            )
         window = outer.window if outer.method == "window" else None
         self._backward_pass: BackwardPass | None = None
         self._backward_pass_of_each: BackwardPass | None = None
@@ -578,7 +572,7 @@ _all_finite = jax.jit(tree.all_finite)
 
 def check_hypergradient_finite(estimate: Estimate, name: str, *, alternative: str = "") -> None:
     """A FloatingPointError where an estimate is not finite; `name` says whose it is, `alternative` what else helps."""
-    if not bool(tree.all_finite(estimate.grad)):
+    if not bool(_all_finite(estimate.grad)):
         raise FloatingPointError(
             f"the hypergradient of {name} is not finite ({estimate.checks}). Training itself was finite: raise "
             f"optimizer.eps_root, or lower optimizer.learning_rate{alternative}."

@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -172,6 +173,25 @@ def allgather_values(values: list[int]) -> np.ndarray:
 def broadcast_from_first(value: int) -> int:
     """The first process's value, in every process."""
     return int(allgather_values([value])[0, 0])
+
+
+def share_from_first(value: Any) -> Any:
+    """The first process's value, of what JSON can hold, in every process; those of the others may be anything."""
+    if _on_first_process_only or not is_multiprocess():
+        return value
+    content = json.dumps(value).encode() if is_first_process() else b""
+    size = broadcast_from_first(len(content))
+    buffer = np.zeros(1 << max(10, (size - 1).bit_length()), np.uint8)  # few sizes, as each is compiled once
+    buffer[: len(content)] = np.frombuffer(content, np.uint8)
+    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer)))[:size])
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether the first process sees a file or folder, in every process.
+
+    Another may see it later, or earlier: a folder that several machines see shows each its own moment.
+    """
+    return bool(broadcast_from_first(is_first_process() and Path(path).exists()))
 
 
 def run_on_first_process(work: Callable[[], ResultT]) -> ResultT | None:

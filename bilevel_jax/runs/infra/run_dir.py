@@ -14,7 +14,7 @@ import socket
 import uuid
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +239,24 @@ def write_parquet(path: str | Path, table: pa.Table) -> None:
     def write() -> None:
         with atomic_replace(path) as part:
             pq.write_table(table, part, write_page_checksum=True)
+
+    distributed.run_on_first_process(write)
+
+
+def write_arrays(path: str | Path, arrays: np.ndarray | Mapping[str, np.ndarray]) -> None:
+    """A .npy file of an array, or a .npz file of arrays by name, whole or not at all, its folder with it.
+
+    Of several processes the first writes.
+    """
+
+    def write() -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_replace(path) as part, open(part, "wb") as file:
+            if isinstance(arrays, np.ndarray):
+                np.save(file, arrays)
+            else:
+                named: dict[str, Any] = dict(arrays)
+                np.savez(file, **named)
 
     distributed.run_on_first_process(write)
 

@@ -14,7 +14,7 @@ import numpy as np
 from rich.progress import Progress
 
 from bilevel_jax.runs import tensorboard
-from bilevel_jax.runs.config.load import COMMANDS, check_same_config, config_to_yaml
+from bilevel_jax.runs.config.load import check_same_config, config_to_yaml
 from bilevel_jax.runs.config.rules import flatten_config
 from bilevel_jax.runs.infra import distributed, identity, inputs, run_dir, seals
 from bilevel_jax.runs.infra.journal import JsonLog, list_numbers
@@ -23,8 +23,6 @@ from bilevel_jax.runs.terminal import make_console
 from bilevel_jax.storage import copies, lease, urls
 from bilevel_jax.storage.objects import StorageError
 
-MULTIPROCESS_COMMANDS = ("select", "train", "score", "rank", "refine")
-"""The commands that several processes can run."""
 SYNC_SECONDS = 1.0
 """Seconds, about, between two meetings of several processes about signals and saves."""
 FINISHED_JOBS_FILE = "done.json"
@@ -64,10 +62,12 @@ class Session:
         """The signal that all processes have agreed on; without others the one that came."""
         self._calls_per_sync, self._calls_since_sync, self._last_sync = 1, 0, time.monotonic()
         self._finished_jobs_path = folder / "checkpoints" / FINISHED_JOBS_FILE
-        self._finished_jobs: dict[str, Any] = (
-            run_dir.read_json(self._finished_jobs_path) if self._finished_jobs_path.exists() else {}
-        )
+        self._finished_jobs: dict[str, Any] = distributed.share_from_first(self._read_finished_jobs())
         self.work_done = 0.0
+
+    def _read_finished_jobs(self) -> dict[str, Any]:
+        path = self._finished_jobs_path
+        return run_dir.read_json(path) if distributed.is_first_process() and path.exists() else {}
 
     def set_phase(self, description: str, total: float | None = None) -> None:
         """Name what is being done; `total` is the work of the whole run, in training steps."""
@@ -158,11 +158,12 @@ class Session:
     def run_once(self, key: str, compute: Callable[[], Any], is_kept: bool = True) -> Any:
         """The JSON value of a job: computed now, or read if an earlier run of this folder finished it.
 
-        A job that wrote a file, too, is done again where the file is not kept.
+        A job that wrote a file, too, is done again where the file is not kept. Of several processes all compute; the
+        first one says whether it is done, and its value is that of all.
         """
-        if key not in self._finished_jobs or not is_kept:
+        if not distributed.broadcast_from_first(key in self._finished_jobs and is_kept):
             work_before, start_time = self.work_done, time.monotonic()
-            value = compute()
+            value = distributed.share_from_first(compute())
             self._finished_jobs[key] = {
                 "value": value,
                 "work": self.work_done - work_before,
@@ -201,7 +202,8 @@ class PartSession(Session):
         self.folder, self.log = parent.folder / "parts" / name, PartLog(parent.log, name)
         self.has_events = parent.has_events
         self._parent, self._name = parent, name
-        (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        checkpoints = self.folder / "checkpoints"
+        distributed.run_on_first_process(lambda: checkpoints.mkdir(parents=True, exist_ok=True))
 
     @property
     def work_done(self) -> float:  # type: ignore[override]
@@ -301,12 +303,6 @@ def open_run_dir(config: Any) -> Iterator[Path]:
     other data, or another model, and for a file of the run, or of another run that it reads, that is not as it was
     written; and `Interrupted` for a signal before the session is open.
     """
-    command = COMMANDS[type(config)]
-    if distributed.is_multiprocess() and command not in MULTIPROCESS_COMMANDS:
-        raise ValueError(
-            f"{command} runs in one process, on all devices of one machine; several processes can run "
-            f"{', '.join(MULTIPROCESS_COMMANDS[:-1])} and {MULTIPROCESS_COMMANDS[-1]}."
-        )
     if distributed.is_multiprocess():
         distributed.require_agreement("the run", identity.list_shared_values(config))
     if config.output.tensorboard:

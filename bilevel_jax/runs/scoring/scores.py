@@ -22,7 +22,7 @@ from bilevel_jax.lm.losses.sft import assemble_params
 from bilevel_jax.lm.models import Decoder
 from bilevel_jax.runs.config.schema import ScoresSection
 from bilevel_jax.runs.config.yaml_reader import suggest_nearest
-from bilevel_jax.runs.infra import checkpoint, run_dir
+from bilevel_jax.runs.infra import checkpoint, distributed, run_dir
 from bilevel_jax.runs.infra.placement import replicate_unplaced
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.infra.step_loop import run_steps
@@ -187,7 +187,7 @@ def reducible_score(task: Task, params: Params, settings: ScoresSection, session
     """
     path = session.folder / "holdout.parquet"
     passes = steps_per_epoch(task) / 3
-    if not path.exists():
+    if not distributed.is_there(path):
         values = example_losses(task, train_holdout_model(task, settings, session))
         ids = [example.id for example in task.examples]
         run_dir.write_parquet(path, pa.table({"id": ids, "loss": values}))
@@ -264,7 +264,7 @@ HOLDOUT_FREE_SCORES = ("loss", "perplexity", "margin", "random")
 def read_scores_table(folder: Path, task: Task) -> pa.Table:
     """scores.parquet of a run, or the rows without any score; a ValueError where it is of other rows."""
     path = folder / SCORES_FILE
-    stored = run_dir.read_parquet(path) if path.exists() else _ids_table(task)
+    stored = run_dir.read_parquet(path) if distributed.is_there(path) else _ids_table(task)
     if stored["id"].to_pylist() != [task.examples[row].id for row in task.trainable_indices()]:
         raise ValueError(f"{path} holds scores of other rows. Give the data that the run was started with.")
     return stored

@@ -18,7 +18,7 @@ from bilevel_jax.lm.data.tokens import Corpus
 from bilevel_jax.lm.hub.downloads import find_model_files
 from bilevel_jax.lm.losses import sft
 from bilevel_jax.runs.config.schema import ModelSection
-from bilevel_jax.runs.infra import identity, run_dir
+from bilevel_jax.runs.infra import distributed, identity, run_dir
 from bilevel_jax.runs.infra.placement import align_layout, place_stream
 from bilevel_jax.runs.tasks.evaluation import evaluate_per_example
 
@@ -44,7 +44,7 @@ def attach_reference_margins(
     corpora share, as those of validation behind the training examples, are computed and stored once.
     """
     model_fingerprint = fingerprint_model_files(model.name_or_path, f"{model.param_dtype} {model.base_dtype}")
-    stored_path = stored or (folder / REFERENCE_FILE if (folder / REFERENCE_FILE).exists() else "")
+    stored_path = stored or (folder / REFERENCE_FILE if distributed.is_there(folder / REFERENCE_FILE) else "")
     tables = []
 
     def measure(name: str) -> Float[np.ndarray, "rows 2"]:

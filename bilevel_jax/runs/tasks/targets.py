@@ -612,7 +612,10 @@ def select_target(stream: Stream, place: int) -> Stream:
 def _loss_and_slope(target: Target, own: Stream, params: Params, frozen: Frozen) -> tuple[float, float]:
     """The sum of the losses of a target over its batches, and the norm of its gradient."""
     loss, grad = validation_loss_and_grad_fn(_summed(target))(params, frozen, own)
-    return float(loss), float(optax.tree.norm(grad))
+    return float(loss), float(_norm(grad))
+
+
+_norm = jax.jit(optax.tree.norm)  # one program: array by array, those of several processes may wait for each other
 
 
 @jax.jit

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel_jax.core import checkpointing, solvers, tree
-from bilevel_jax.core.problem import weighted
-from bilevel_jax.core.training import init_train_state, train, train_step
+from bilevel_jax.core import checkpointing, curvature, solvers, tree
+from bilevel_jax.core.implicit import implicit_estimator
+from bilevel_jax.core.problem import proximal, weighted
+from bilevel_jax.core.training import init_train_state, train, train_step, trajectory_from_params
 from bilevel_jax.core.types import Adjoint
 from bilevel_jax.core.unrolled import unrolled_estimator, validation_loss_and_grad_fn
 from bilevel_jax.lm import models
@@ -107,11 +108,36 @@ def numbers(data: int, model: int = 1, *, pmap: bool = False, linear: bool = Fal
     }
 
 
-if __name__ == "__main__":  # coordinator, number, file
+def implicit_numbers(data: int, fsdp: int, times: int = 1) -> dict[str, np.ndarray]:
+    """Hypergradients by implicit differentiation and their solve, made `times` times with the same bits; float64."""
+    mesh = make_mesh(data, fsdp)
+    split = sharding.parse_sharding_rules((), mesh)
+    decoder = models.make_decoder(SHAPE, gather_params=sharding.parameter_gatherer(mesh, split))
+    params = sharding.shard_tree(mesh, split, models.init_params(SHAPE, jax.random.key(0), dtype=jnp.float64))
+    losses = build_objective(ObjectiveSection(), decoder, lora=False).losses
+    problem = weighted(losses, prior=proximal(200.0, lambda frozen: frozen["start"]))
+    layout = align_layout(mesh, batches.BatchShape(1, BATCH, BATCH, LENGTH))
+    own, order = local_rows(mesh, layout.rows), batches.shuffled_order(ROWS, BATCH, 0)
+    stream = place_stream(mesh, batches.make_train_stream(corpus(ROWS, 1), order, STEPS, layout, local_rows=own))
+    validation = cache_stream(mesh, batches.make_evaluation_stream(corpus(16, 2), layout, local_rows=own))
+    weights = replicate_unplaced(mesh, jnp.asarray(np.random.default_rng(3).uniform(0.5, 2, ROWS)))
+    estimator = implicit_estimator(problem, curvature.hessian(problem), solvers.cg(tolerance=1e-12))
+    found = []
+    for _ in range(times):
+        frozen = {"base": None, "start": params}
+        estimate = estimator(trajectory_from_params(params), weights, frozen, stream, validation)
+        assert estimate.checks.residual < 1e-11 and estimate.checks.curvature > 0
+        leaves = [estimate.grad, *jax.tree.leaves(estimate.direction)]
+        found.append(np.concatenate([fetch_to_host(leaf).ravel() for leaf in leaves]))
+    assert all(np.array_equal(one, found[0]) for one in found)
+    return {"hypergradients": found[0][:ROWS], "solution": found[0][ROWS:]}
+
+
+if __name__ == "__main__":  # coordinator, number, file, and for implicit differentiation the devices of a copy
     jax.config.update("jax_enable_x64", True)
     distributed.initialize_distributed(
         DistributedSection(coordinator_address=sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
     )
-    found = numbers(0)
+    found = implicit_numbers(0, int(sys.argv[4]), times=3) if len(sys.argv) > 4 else numbers(0)
     if jax.process_index() == 0:
         np.savez(sys.argv[3], **found)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tests.runs.engine.agreement import numbers
+from tests.runs.engine.agreement import implicit_numbers, numbers
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +25,15 @@ def free_port() -> int:
         return some.getsockname()[1]
 
 
-def two_processes(tmp_path) -> dict[str, np.ndarray]:
-    """Each with four of the eight devices."""
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
+def two_processes(tmp_path, *arguments: str, devices: int = 8) -> dict[str, np.ndarray]:
+    """Each with half of the devices."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices // 2}")
     command = [sys.executable, "-m", "tests.runs.engine.agreement", f"127.0.0.1:{free_port()}"]
     running = [
         subprocess.Popen(
-            [*command, str(number), str(tmp_path / "found.npz")], cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}
+            [*command, str(number), str(tmp_path / "found.npz"), *arguments],
+            cwd=ROOT,
+            env=os.environ | {"XLA_FLAGS": flags},
         )
         for number in range(2)
     ]
@@ -67,4 +69,13 @@ def test_equals_one_device(way, one_device, tmp_path, eight_devices, x64):
     for name in ("gradient", "entries", "solution"):
         assert found[name].dtype == np.float64
         far = np.linalg.norm(found[name] - one_device[name]) / np.linalg.norm(one_device[name])
+        assert far < 1e-9, name  # float64, other order of sums
+
+
+@pytest.mark.slow
+def test_implicit_with_parameters_split_over_two_processes(tmp_path, x64):
+    """Each array of the parameters lies in four parts, two with each process; the solves are made three times."""
+    found, wanted = two_processes(tmp_path, "4", devices=4), implicit_numbers(1, 1)
+    for name, values in wanted.items():
+        far = np.linalg.norm(found[name] - values) / np.linalg.norm(values)
         assert far < 1e-9, name  # float64, other order of sums

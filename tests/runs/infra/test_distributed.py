@@ -5,20 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from bilevel_jax.runs.config.load import CompareConfig
-from bilevel_jax.runs.config.schema import DistributedSection, OutputSection
+from bilevel_jax.runs.config.schema import DistributedSection
 from bilevel_jax.runs.infra import distributed
-from bilevel_jax.runs.infra.session import open_run_dir, open_session
-
-
-def test_other_verbs_refuse_several_processes(monkeypatch, tmp_path):
-    monkeypatch.setattr(distributed, "is_multiprocess", lambda: True)
-    with pytest.raises(
-        ValueError, match="compare runs in one process.*several processes can run select, train, score, rank and refine"
-    ):
-        with open_run_dir(CompareConfig(output=OutputSection(dir=str(tmp_path / "run")))):
-            raise AssertionError("it was opened")
-    assert not (tmp_path / "run").exists()
+from bilevel_jax.runs.infra.session import open_session
 
 
 def test_processes_that_cannot_meet_are_told_how():
@@ -30,6 +19,7 @@ def test_processes_that_cannot_meet_are_told_how():
 
 def test_one_process_is_the_first_and_agrees_with_itself():
     assert distributed.is_first_process() and distributed.broadcast_from_first(7) == 7
+    assert distributed.share_from_first({"any": [1.5]}) == {"any": [1.5]} and not distributed.is_there("/no/such/file")
     assert distributed.run_on_first_process(lambda: distributed.run_on_first_process(lambda: 3)) == 3
     with pytest.raises(OSError, match="full"):
         distributed.run_on_first_process(lambda: (_ for _ in ()).throw(OSError("full")))
