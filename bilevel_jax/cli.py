@@ -158,7 +158,7 @@ def _run(name: str, arguments: list[str]) -> str:
     """Read the config, run the command and return its summary."""
     from bilevel_jax.runs.config.load import load_config, load_shipped_config
 
-    path, flags = _split_config(arguments)
+    path, flags = _copy_config(arguments)
     _check_config_file(path)
     config_class = _config_class(name)
     config = load_config(config_class, path, flags) if path else load_shipped_config(config_class, flags)
@@ -170,7 +170,7 @@ def _run_export(name: str, arguments: list[str]) -> str:
     from bilevel_jax.commands.export.run import flags_for_run
     from bilevel_jax.runs.config.load import ExportConfig, load_config
 
-    path, flags = _split_config(arguments)
+    path, flags = _copy_config(arguments)
     run = Path(path) if path and Path(path).is_dir() else None
     if run and not (run / "config.yaml").is_file():
         raise ValueError(f"{run} holds no run: config.yaml is missing. Give a run's folder or a config.")
@@ -192,7 +192,7 @@ def _run_estimate(name: str, arguments: list[str]) -> str:
     from bilevel_jax.commands.estimate.run import compare_with_measured
     from bilevel_jax.runs.config.load import load_config_to_estimate
 
-    path, flags = _split_config(arguments)
+    path, flags = _copy_config(arguments)
     if path and Path(path).is_dir():
         return compare_with_measured(Path(path)).summary
     _check_config_file(path)
@@ -336,6 +336,14 @@ def _split_config(arguments: list[str]) -> tuple[str | None, list[str]]:
     if arguments and not arguments[0].startswith("-"):
         return arguments[0], arguments[1:]
     return None, arguments
+
+
+def _copy_config(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """As `_split_config`, of a URL the path of a copy."""
+    from bilevel_jax.storage import copies
+
+    path, flags = _split_config(arguments)
+    return copies.copy_if_url(path), flags
 
 
 def _config_class(name: str) -> Any:

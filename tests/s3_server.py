@@ -103,7 +103,7 @@ def s3(s3_server, monkeypatch):
 
 def be_quick(monkeypatch):
     """Waits of a test's length."""
-    monkeypatch.setattr(objects, "RETRY_SECONDS", 2.0)
+    monkeypatch.setattr(objects, "RETRY_SECONDS", 30.0)
     monkeypatch.setattr(objects, "FIRST_WAIT_SECONDS", 0.02)
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.2)
     monkeypatch.setattr(lease, "LEASE_SECONDS", 1.0)

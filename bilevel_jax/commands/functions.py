@@ -49,7 +49,7 @@ from bilevel_jax.runs.config.load import (
 )
 from bilevel_jax.runs.config.python_values import make_config, make_config_to_estimate
 from bilevel_jax.runs.infra import distributed, identity, inputs, seals
-from bilevel_jax.storage import copies
+from bilevel_jax.storage import copies, urls
 
 ConfigLike = Mapping[str, Any] | str | os.PathLike[str] | None
 """Sections by name, the name of a YAML file, or nothing for the defaults."""
@@ -362,24 +362,36 @@ _process = threading.Lock()
 def run_command(config: Any) -> Result:
     """Run the command of a checked config: of any but `estimate` and `export`."""
     command = COMMANDS[type(config)]
+    copies.forget_copies()
     if "distributed" in vars(config):
         distributed.initialize_distributed(config.distributed, lambda: identity.list_shared_values(config))
     function = _import(f"bilevel_jax.commands.{command}.run:{command}")
     with _hold_process(config):
         config = inputs.pin_hub_names(config)
-        outcome = function(config)
-        return outcome if isinstance(outcome, InspectResult) else read_run(config, copies.local_path(config.output.dir))
+        with copies.shown_errors():
+            outcome = function(inputs.copy_inputs(config))
+        if isinstance(outcome, InspectResult):
+            return outcome
+        result = read_run(config, copies.local_path(config.output.dir))
+        if urls.is_remote(config.output.dir):
+            distributed.wait_for_all_processes()  # the first removes its copy when it ends
+        return result
 
 
 def run_estimate(config: Any, options: Any) -> EstimateResult:
     """Estimate the run of a checked config."""
-    with _hold_process(config):
-        return _import("bilevel_jax.commands.estimate.run:estimate")(inputs.pin_hub_names(config), options)
+    copies.forget_copies()
+    with _hold_process(config), copies.shown_errors():
+        config = inputs.copy_inputs(inputs.pin_hub_names(config))
+        return _import("bilevel_jax.commands.estimate.run:estimate")(config, options)
 
 
 def run_export(config: ExportConfig, run: Path | None = None, command: str = "") -> ExportResult:
     """Export by a checked config, of a run's folder if there is one; `command` is quoted in the card."""
-    return _import("bilevel_jax.commands.export.run:export")(inputs.pin_hub_names(config), run, command)
+    copies.forget_copies()
+    with copies.shown_errors():
+        config = inputs.copy_inputs(inputs.pin_hub_names(config))
+        return _import("bilevel_jax.commands.export.run:export")(config, run, command)
 
 
 @contextlib.contextmanager
@@ -394,7 +406,6 @@ def _hold_process(config: Any) -> Iterator[None]:
             "another command runs in this process, in another thread. Call them one after the other, or in processes."
         )
     before = jax.config.read("jax_enable_x64")
-    copies.forget_copies()
     try:
         if "model" in vars(config):
             jax.config.update("jax_enable_x64", config.model.param_dtype == "float64")
@@ -407,12 +418,14 @@ def _hold_process(config: Any) -> Iterator[None]:
 
 
 def _run(config_class: Any, config: Any, sections: Mapping[str, Any]) -> Any:
+    config = copies.copy_if_url(config)
     with _explain_flags():
         _check_config_file(config)
         return run_command(make_config(config_class, config, sections))
 
 
 def _estimate(config: Any, sections: Mapping[str, Any]) -> EstimateResult:
+    config = copies.copy_if_url(config)
     if folder := _find_run(config):
         if sections:
             raise ValueError(f"estimate: {folder} is a finished run, which has no {', '.join(sections)} to change.")
@@ -428,6 +441,7 @@ def _estimate(config: Any, sections: Mapping[str, Any]) -> EstimateResult:
 
 
 def _export(config: Any, sections: Mapping[str, Any]) -> ExportResult:
+    config = copies.copy_if_url(config)
     run = _find_run(config)
     if run is None:
         _check_config_file(config)

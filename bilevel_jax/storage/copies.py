@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from bilevel_jax.storage import lease, urls
 from bilevel_jax.storage.objects import open_store
@@ -21,6 +22,8 @@ WORK_FOLDERS = ("checkpoints", "parts")
 
 _working_copies: dict[Path, "WorkingCopy"] = {}
 """The folders of this machine that are published elsewhere."""
+_followed: set[Path] = set()
+"""The folders of this machine that another process publishes."""
 _fetched: dict[str, Path] = {}
 """URL -> the copy that was made of it."""
 _shown_places: dict[str, str] = {}
@@ -43,11 +46,11 @@ class WorkingCopy:
         self._journals: set[Path] = set()
         self._lock, self._ended = threading.RLock(), threading.Event()
         self._thread = threading.Thread(target=self._publish_journals_often, name="journals", daemon=True)
-        _working_copies[self.root] = self
 
     def open(self, owner: lease.Lease) -> None:
         """Publish from here on what is written in the folder, as the one who holds the URL."""
         self._lease = owner
+        _working_copies[self.root] = self
         self._thread.start()
 
     def close(self) -> None:
@@ -150,6 +153,24 @@ def find_working_copy(path: Path) -> tuple[WorkingCopy, Path] | None:
     return next(((copy, absolute) for root, copy in _working_copies.items() if absolute.is_relative_to(root)), None)
 
 
+@contextlib.contextmanager
+def follow(root: Path, url: str) -> Iterator[None]:
+    """Inside, another process publishes a folder of this machine at a URL."""
+    _followed.add(root)
+    _shown_places[str(root)] = url
+    try:
+        yield
+    finally:
+        _followed.discard(root)
+        _fetched[url.rstrip("/")] = root
+
+
+def is_published(path: Path) -> bool:
+    """Whether a path lies in a folder that this or another process publishes."""
+    absolute = Path(os.path.abspath(path))
+    return any(absolute.is_relative_to(root) for root in {*_working_copies, *_followed})
+
+
 def publish(path: Path) -> None:
     """Publish a file that now has its name; nothing where it lies in no working copy."""
     if found := find_working_copy(path):
@@ -201,6 +222,27 @@ def local_path(path: str) -> Path:
     if url not in _fetched:
         _fetched[url] = _fetch(url)
     return _fetched[url]
+
+
+def copy_if_url(value: Any) -> Any:
+    """The path of a copy, of a URL; any other value as it is."""
+    return str(local_path(value)) if urls.is_url(value) else value
+
+
+def check_free(url: str) -> None:
+    """Raise FileExistsError where something lies at a URL."""
+    if names := open_store(url.rstrip("/")).list_names():
+        raise FileExistsError(
+            f"{url} is there already ({names[0]}), and is never overwritten: choose another with --out."
+        )
+
+
+def publish_new_folder(folder: Path, url: str, last: str) -> None:
+    """Write what a finished folder of this machine holds to a URL, the file `last` after the others."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    final, store = files.pop(last), open_store(url.rstrip("/"))
+    store.upload_all(files)
+    store.upload(final, last)
 
 
 def forget_copies() -> None:

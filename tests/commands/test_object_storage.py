@@ -2,15 +2,20 @@
 
 import json
 import os
+import signal
+import time
 
+import numpy as np
 import pytest
 
 from bilevel_jax import commands
 from bilevel_jax.cli import main
-from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.runs.config import load, schema
+from bilevel_jax.runs.infra import distributed, run_dir, session
 from bilevel_jax.storage import copies, lease, objects
 from bilevel_jax.storage.objects import ObjectStore, StorageError
 from tests.commands.run_table import contents, differences, start, table_inputs, without_clock  # noqa: F401
+from tests.runs.infra.test_distributed_slow import ended, launch
 from tests.s3_server import DENIED, FAILURE, SLOW_DOWN
 
 URL = "s3://bucket/team/run"
@@ -92,7 +97,6 @@ def fail_from(s3, number, answer=FAILURE):  # noqa: F811
 
 def check_failures(s3, inputs, local, tmp_path, monkeypatch, name, count):  # noqa: F811
     """Fail at every write (at `count` of them, evenly spread); go on when the server is back; compare the end."""
-    monkeypatch.setattr(objects, "RETRY_SECONDS", 0.0)
     whole = local(name)
     s3.app.writes = 0
     run_at_url(inputs, name)
@@ -102,8 +106,10 @@ def check_failures(s3, inputs, local, tmp_path, monkeypatch, name, count):  # no
         s3.start_anew()
         copies.forget_copies()
         fail_from(s3, number)
-        with pytest.raises(StorageError, match="could not be (written|created|removed): the server answered 500"):
-            run_at_url(inputs, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(objects, "RETRY_SECONDS", 0.0)
+            with pytest.raises(StorageError, match="could not be (written|created|removed): "):
+                run_at_url(inputs, name)
         s3.app.refuse = None
         resume = ["--output.resume"] if "team/run/config.yaml" in s3.names() else []
         try:
@@ -166,14 +172,67 @@ def test_data_are_read_from_urls(s3, table_inputs, local, tmp_path):  # noqa: F8
         run_at_url(table_inputs, "train", *flags, "--output.resume")
 
 
-def test_a_url_where_none_is_read_is_refused(s3, table_inputs):  # noqa: F811
-    with pytest.raises(
-        ValueError, match=r"weights\.file = s3://bucket/w\.parquet: this key reads files of this machine"
-    ):
-        run_at_url(table_inputs, "train", "--weights.file", "s3://bucket/w.parquet")
+def test_models_weights_configs_and_runs_are_read_from_urls(s3, table_inputs, local, tmp_path, capsys):  # noqa: F811
+    for path in [*(table_inputs / "model").iterdir(), table_inputs / "weights.jsonl", table_inputs / "train.yaml"]:
+        s3.write(path.relative_to(table_inputs).as_posix(), path.read_bytes())
+    whole = local("train, weights of a file")
+    flags = ["--model.name-or-path", "s3://bucket/model", "--weights.file", "s3://bucket/weights.jsonl"]
+    with without_clock(save_every=SAVE_EVERY):
+        assert main(["train", "s3://bucket/train.yaml", *flags, "--out", URL]) == 0
+    assert f"report: {URL}/report.html" in capsys.readouterr().out
+    held = download(tmp_path / "held")
+    assert set(differ(whole, held)) <= {"inputs.json", "weights.parquet", "result.json", "checkpoints/done.json"}
+    assert held["model/model.safetensors"] == whole["model/model.safetensors"]
+    texts = b"".join(data for name, data in held.items() if isinstance(data, bytes))
+    assert b"s3://bucket/weights.jsonl" in texts and str(table_inputs / "model").encode() not in texts
+    assert b"/bilevel-jax-" not in texts + (tmp_path / "held" / "log.jsonl").read_bytes()
+    with without_clock(save_every=SAVE_EVERY):  # the copies of another process have other names
+        copies.forget_copies()
+        assert main(["train", "s3://bucket/train.yaml", *flags, "--out", URL, "--resume"]) == 0
+    assert differ(held, download(tmp_path / "again")) == []
+
+    assert main(["export", URL, "--export.format", "axolotl", "--out", "s3://bucket/rows"]) == 0
+    assert s3.names("rows").keys() == {"README.md", "axolotl.yaml", "selection.parquet", "train.jsonl"}
+    assert b"s3://bucket/rows/train.jsonl" in s3.names("rows")["axolotl.yaml"]
+    assert b"/bilevel-jax-" not in b"".join(s3.names("rows").values())
+    capsys.readouterr()
+    assert main(["export", URL, "--export.format", "trl", "--out", "s3://bucket/rows"]) == 1
+    assert "s3://bucket/rows is there already (README.md)" in capsys.readouterr().err
+    s3.write("team/run/weights.parquet", s3.names("team/run")["weights.parquet"][:-1])
+    assert main(["export", URL, "--export.format", "trl", "--out", "s3://bucket/other"]) == 1
+    assert f"{URL}/weights.parquet has" in capsys.readouterr().err
 
 
 def test_a_file_url_is_a_path(table_inputs, tmp_path):  # noqa: F811
     with without_clock(save_every=SAVE_EVERY):
         start(table_inputs, "train", f"file://{tmp_path}/run", f"--data.train=file://{table_inputs}/train.jsonl")
     assert (tmp_path / "run" / "manifest.json").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_publish_one_run(s3, made, tmp_path):
+    """They work in a folder that both see; one of them is stopped, both go on, to the bits of the run in a folder."""
+    flags = ("--model.param-dtype", "float64", "--output.save-minutes", "0.001")
+    options = {"verb": "train", "devices": 2}
+    assert ended(launch(made, tmp_path / "local", 2, *flags, **options)) == [0, 0]
+    running = launch(made, URL, 2, *flags, logs=tmp_path / "first", **options)
+    while not any("checkpoints/train" in name for name in s3.names("team/run")):
+        assert running[0].poll() is None, (tmp_path / "first.0").read_text()
+        time.sleep(0.2)
+    running[1].send_signal(signal.SIGTERM)
+    assert set(ended(running)) <= {128 + signal.SIGTERM, 0}
+    assert ended(launch(made, URL, 2, *flags, "--resume", logs=tmp_path / "again", **options)) == [0, 0]
+    held, whole = download(tmp_path / "held"), contents(tmp_path / "local")
+    for name in ("weights.parquet", "model/model.safetensors", "tokens.json"):
+        assert held[name] == whole[name], name
+
+
+def test_processes_that_share_no_folder_are_told(s3, monkeypatch):
+    monkeypatch.setattr(distributed, "is_multiprocess", lambda: True)
+    monkeypatch.setattr(distributed, "require_agreement", lambda *_: None)
+    monkeypatch.setattr(distributed, "share_text", lambda topic, work: work())
+    monkeypatch.setattr(distributed, "allgather_values", lambda values: np.array([values, [0]]))
+    with pytest.raises(ValueError, match=rf"output.dir = {URL}: .* process 1 does not see .* Set TMPDIR to a folder"):
+        with session.open_run_dir(load.TrainConfig(output=schema.TrainOutputSection(dir=URL))):
+            raise AssertionError("it was opened")
+    assert s3.names() == {}

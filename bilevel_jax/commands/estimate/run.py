@@ -34,6 +34,7 @@ from bilevel_jax.runs.config.schema import EstimateSection
 from bilevel_jax.runs.engine.trajectory_store import bytes_per_device
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.infra.inputs import check_inputs_whole
+from bilevel_jax.storage import urls
 
 ESTIMATE_FILE = "estimate.json"
 
@@ -45,6 +46,8 @@ def estimate(config: RunConfig, options: EstimateSection) -> EstimateResult:
     """
     if reads_array_data(config):
         raise ValueError("estimate is for runs on text: a task of arrays is over sooner than its estimate.")
+    if urls.is_remote(options.dir):
+        raise ValueError(f"estimate.dir = {options.dir}: an estimate is written to a folder of this machine. Name one.")
     check_inputs_whole(config)
     began = time.monotonic()
     simulated = simulate_devices(options.devices)

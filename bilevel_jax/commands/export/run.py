@@ -30,9 +30,11 @@ from bilevel_jax.runs.config.load import ExportConfig
 from bilevel_jax.runs.config.local_paths import hide_local_paths
 from bilevel_jax.runs.config.rules import flatten_config
 from bilevel_jax.runs.engine.selection import describe_selection_rule
+from bilevel_jax.storage import copies, urls
 
 MAX_SOURCES_SHOWN = 6
 """Sources that the line in the terminal names."""
+CARD_FILE = "README.md"
 
 
 def flags_for_run(run: Path) -> list[str]:
@@ -52,7 +54,12 @@ def export(config: ExportConfig, run: Path | None = None, command: str = "") -> 
     `run` is the folder of a run, where the weights are those of a run; `command` is quoted in the card. Raises
     ValueError for rows that lack a weight or do not fit the form, FileExistsError for a folder that is there already.
     """
-    folder = Path(config.export.dir)
+    is_remote = urls.is_remote(config.export.dir)
+    if is_remote:
+        copies.check_free(config.export.dir)
+        folder = copies.make_local_folder(config.export.dir)
+    else:
+        folder = Path(urls.strip_file_protocol(config.export.dir))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there already, and an export never overwrites: choose another with --out.")
     check_push(config.export, run)
@@ -76,13 +83,17 @@ def export(config: ExportConfig, run: Path | None = None, command: str = "") -> 
         write_rows(temporary_folder / name, rows, kind)
         pq.write_table(_selection_table(selected), temporary_folder / "selection.parquet")
         if formatted.config_file:
-            (temporary_folder / formatted.config_file[0]).write_text(formatted.config_file[1], encoding="utf-8")
+            (temporary_folder / formatted.config_file[0]).write_text(
+                copies.show(formatted.config_file[1]), encoding="utf-8"
+            )
         lost = [*_warn_of_message_keys(examples, config.export.format), *_warn_of_token_weights(run)]
         instructions = "\n\n".join([formatted.instructions, *lost])
         text = format_dataset_card(config, run, command, selected, target, instructions, has_ids=formatted.has_ids)
         settings = [*(value for _, value in flatten_config(config)), read_run_config(run) if run else {}]
         text = hide_local_paths(text, settings)  # a card goes where the rows go
-        (temporary_folder / "README.md").write_text(text, encoding="utf-8")
+        (temporary_folder / CARD_FILE).write_text(copies.show(text), encoding="utf-8")
+    if is_remote:
+        copies.publish_new_folder(folder, config.export.dir, last=CARD_FILE)
     pushed = _push(config, run, folder, command)
     summary = [
         *selected.notes,
@@ -95,8 +106,8 @@ def export(config: ExportConfig, run: Path | None = None, command: str = "") -> 
     return ExportResult(
         folder=folder,
         file=folder / name,
-        card=folder / "README.md",
-        summary="\n".join(summary),
+        card=folder / CARD_FILE,
+        summary=copies.show("\n".join(summary)),
         ids=np.array([example.id for example in selected.examples], str),
         sources=np.array([example.source for example in selected.examples], str),
         weights=np.asarray(selected.weights),
@@ -201,5 +212,5 @@ def _summarize_export(config: ExportConfig, selected: SelectedExamples, path: Pa
     return (
         f"{int(selected.repeats.sum()):,} of {format_count('row', len(selected.examples))}{parts}, "
         f"{describe_selection_rule(config.selection)}: {path}, layout {layout}, "
-        f"for {TRAINER_NAMES[config.export.format]}; README.md beside it says how it was made."
+        f"for {TRAINER_NAMES[config.export.format]}; {CARD_FILE} beside it says how it was made."
     )

@@ -13,6 +13,7 @@ from bilevel_jax.runs.config import schema
 from bilevel_jax.runs.config.flags import parse_flags, print_help, split_flags
 from bilevel_jax.runs.config.rules import check_config, flatten_config
 from bilevel_jax.runs.config.yaml_reader import read_yaml_config, suggest_nearest
+from bilevel_jax.storage import copies
 
 
 @dataclass(frozen=True)
@@ -532,7 +533,7 @@ def config_to_yaml(config: Any) -> str:
 def config_hash(config: Any) -> str:
     """SHA-256 of every key that changes what is computed: all but RESUME_EXEMPT_KEYS."""
     text = "\n".join(f"{key}={value!r}" for key, value in flatten_config(config) if key not in RESUME_EXEMPT_KEYS)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(copies.show(text).encode()).hexdigest()
 
 
 def diff_configs(old_config: Any, new_config: Any) -> list[str]:

@@ -283,7 +283,7 @@ def _step_folder(folder: str | Path, step: int) -> Path:
 def _choose_arrays_folder(final: Path) -> str:
     """Where orbax writes a step: of a published one, not where the arrays of the step lie whose place it takes."""
     first, second = ARRAYS_FOLDERS
-    if copies.find_working_copy(final) is None:
+    if not copies.is_published(final):
         return first
     replaced = _verify(final, contents=False)[0]
     return second if replaced is not None and replaced.get("arrays", first) == first else first

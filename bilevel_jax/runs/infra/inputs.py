@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,6 +46,41 @@ def list_input_files(config: Any) -> dict[str, list[Path]]:
         if key_files := [file for path in _list_paths(key, value) for file in _list_files(path)]:
             files_by_key[key] = key_files
     return files_by_key
+
+
+def copy_inputs(config: Any) -> Any:
+    """The config with the path of a copy in place of each URL of an input; those of data are copied by their reader."""
+    for key, value in _list_file_values(config):
+        if not key.startswith("data."):
+            copied = tuple(map(_copy_input, value)) if isinstance(value, tuple) else _copy_input(value)
+            if copied != value:
+                section, name = key.split(".")
+                config = replace(config, **{section: replace(getattr(config, section), **{name: copied})})
+    return config
+
+
+def _copy_input(value: Any) -> Any:
+    if not urls.is_url(value):
+        return value
+    path, colon, function = value.rpartition(":") if names_function(value) else (value, "", "")
+    return f"{copies.local_path(path)}{colon}{function}"
+
+
+def name_by_urls(config: Any) -> Any:
+    """The config that `copy_inputs` was given: what is recorded and compared."""
+    for section in fields(config):
+        values = getattr(config, section.name)
+        named = {
+            field.name: tuple(map(_show, value)) if isinstance(value, tuple) else _show(value)
+            for field in fields(values)
+            if isinstance(value := getattr(values, field.name), str | tuple)
+        }
+        config = replace(config, **{section.name: replace(values, **named)})
+    return config
+
+
+def _show(value: Any) -> Any:
+    return copies.show(value) if isinstance(value, str) else value
 
 
 def check_inputs_whole(config: Any) -> None:
@@ -153,7 +189,7 @@ def _list_paths(key: str, value: Any) -> Iterator[Path]:
     for item in filter(None, value if isinstance(value, tuple) else (value,)):
         if key in FUNCTION_KEYS:
             if names_function(item):
-                yield Path(item.rpartition(":")[0])
+                yield copies.local_path(item.rpartition(":")[0])
             continue
         if urls.is_url(item):
             yield copies.local_path(urls.split_dataset_url(item)[0])

@@ -177,6 +177,8 @@ def _to_jsonable(value: Any) -> Any:
         return [_to_jsonable(item) for item in value]
     if isinstance(value, float):
         return None if math.isnan(value) else str(value) if math.isinf(value) else value
-    if isinstance(value, str | int | bool | None):
+    if isinstance(value, str):
+        return copies.show(value)
+    if isinstance(value, int | bool | None):
         return value
     return _to_jsonable(value.tolist() if hasattr(value, "tolist") else str(value))

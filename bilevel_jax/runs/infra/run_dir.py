@@ -212,7 +212,7 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
 
     def write() -> None:
         with atomic_replace(path) as part:
-            part.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+            part.write_bytes(copies.show(data).encode("utf-8") if isinstance(data, str) else data)
 
     distributed.run_on_first_process(write)
 

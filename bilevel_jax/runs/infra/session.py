@@ -15,7 +15,6 @@ from rich.progress import Progress
 
 from bilevel_jax.runs import tensorboard
 from bilevel_jax.runs.config.load import check_same_config, config_to_yaml
-from bilevel_jax.runs.config.rules import flatten_config
 from bilevel_jax.runs.infra import distributed, identity, inputs, run_dir, seals
 from bilevel_jax.runs.infra.journal import JsonLog, list_numbers
 from bilevel_jax.runs.infra.progress import PROGRESS_FILE, ProgressFile, make_progress_bar
@@ -26,6 +25,8 @@ from bilevel_jax.storage.objects import StorageError
 SYNC_SECONDS = 1.0
 """Seconds, about, between two meetings of several processes about signals and saves."""
 FINISHED_JOBS_FILE = "done.json"
+SHARED_MARK = ".shared"
+"""An empty file beside the folder of a run that is published at a URL: who sees it, sees the folder."""
 EXPECTED_USAGE_JOB = "expected"
 """The finished job that a run begins with; no work."""
 START_FILES = (
@@ -303,16 +304,15 @@ def open_run_dir(config: Any) -> Iterator[Path]:
     other data, or another model, and for a file of the run, or of another run that it reads, that is not as it was
     written; and `Interrupted` for a signal before the session is open.
     """
+    recorded = inputs.name_by_urls(config)
     if distributed.is_multiprocess():
-        distributed.require_agreement("the run", identity.list_shared_values(config))
+        distributed.require_agreement("the run", identity.list_shared_values(recorded))
     if config.output.tensorboard:
         tensorboard.check_installed()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_catch_signals_at_start())
         stack.enter_context(copies.shown_errors())
-        _check_urls(config)
-        copy = copies.WorkingCopy(config.output.dir) if urls.is_remote(config.output.dir) else None
-        folder = copy.root if copy else Path(urls.strip_file_protocol(config.output.dir))
+        copy, folder = _choose_folder(config.output.dir, stack)
         existing = [path for path in (folder, *folder.parents) if path.exists()]
         is_new = False
 
@@ -328,7 +328,7 @@ def open_run_dir(config: Any) -> Iterator[Path]:
             run_dir.sweep_leftovers(folder)
             if config.output.resume:
                 run_dir.check_files(folder)
-                check_same_config(config, folder / run_dir.CONFIG_FILE)
+                check_same_config(recorded, folder / run_dir.CONFIG_FILE)
                 inputs.check_inputs_unchanged(config, folder)
                 if changes := identity.check_environment(config, folder):
                     _print_line(
@@ -339,7 +339,7 @@ def open_run_dir(config: Any) -> Iterator[Path]:
             else:
                 seals.begin(folder)
                 inputs.record_hub_names(config, folder)
-                run_dir.write_atomic(folder / run_dir.CONFIG_FILE, config_to_yaml(config))
+                run_dir.write_atomic(folder / run_dir.CONFIG_FILE, config_to_yaml(recorded))
 
         try:
             distributed.run_on_first_process(claim_folder)
@@ -358,21 +358,29 @@ def open_run_dir(config: Any) -> Iterator[Path]:
             raise
 
 
-def _check_urls(config: Any) -> None:
-    """Raise ValueError for a URL in a place where none is read."""
-    for key, value in flatten_config(config):
-        values = value if isinstance(value, tuple) else (value,)
-        if key in inputs.INPUT_FILE_KEYS and not key.startswith("data."):
-            for url in filter(urls.is_remote, values):
-                raise ValueError(
-                    f"{key} = {url}: this key reads files of this machine alone; URLs are read in data.train, "
-                    "data.validation, data.dev, data.test and output.dir. Copy it here, and name the copy."
-                )
-    if urls.is_remote(config.output.dir) and distributed.is_multiprocess():
+def _choose_folder(url: str, stack: contextlib.ExitStack) -> tuple[copies.WorkingCopy | None, Path]:
+    """(what publishes the run's folder, where it is at a URL, in the first process; the folder of this machine)."""
+    if not urls.is_remote(url):
+        return None, Path(urls.strip_file_protocol(url))
+    copy = None
+
+    def make_folder() -> str:
+        nonlocal copy
+        copy = copies.WorkingCopy(url)
+        copy.root.with_name(SHARED_MARK).touch()
+        return str(copy.root)
+
+    root = Path(distributed.share_text("the folder of the run", make_folder))
+    is_seen = distributed.allgather_values([root.with_name(SHARED_MARK).is_file()])[:, 0]
+    if not is_seen.all():
+        distributed.agree_to_stop()
         raise ValueError(
-            f"output.dir = {config.output.dir}: several processes write to a folder that all of them see; a URL is for "
-            "one process. Name a folder."
+            f"output.dir = {url}: a run works in a folder before it is published, and process {int(is_seen.argmin())} "
+            f"does not see {root.parent} of process 0. Set TMPDIR to a folder that all of them see."
         )
+    if copy is None:
+        stack.enter_context(copies.follow(root, url))
+    return copy, root
 
 
 def _claim_url(copy: copies.WorkingCopy, resume: bool, stack: contextlib.ExitStack) -> None:

@@ -29,9 +29,9 @@ SMOOTH = (
 
 
 def launch(
-    made, out, processes: int, *flags, verb: str = "select", own_flags=None, devices: int = 8
+    made, out, processes: int, *flags, verb: str = "select", own_flags=None, devices: int = 8, logs=None
 ) -> list[subprocess.Popen]:
-    """So many devices in all; the log of process i is in OUT.i, and `own_flags[i]` are its own."""
+    """So many devices in all; the log of process i is in LOGS.i, OUT.i by default, and `own_flags[i]` are its own."""
     port, running = free_port(), []
     xla = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices // processes}")
     for number in range(processes):
@@ -44,7 +44,7 @@ def launch(
                 "JAX_NUM_PROCESSES": str(processes),
                 "JAX_PROCESS_ID": str(number),
             }
-        with open(f"{out}.{number}", "w") as log:
+        with open(f"{logs or out}.{number}", "w") as log:
             running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
     return running
 
