@@ -1,8 +1,10 @@
 """The numbers of a run as event files of TensorBoard."""
 
 import importlib.util
+import os
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,43 +32,65 @@ def make_tag(*names: str) -> str:
 class EventWriter:
     """Writes scalars and histograms; its file is made by the first of them, so that a run without any has none.
 
-    A run that is resumed adds a file. Steps that it takes again stand twice, with the same numbers.
+    A run that is resumed adds a file. Steps that it takes again stand twice, with the same numbers. Where the file
+    cannot be written, that is said once, and the run goes on without.
     """
 
-    FLUSH_SECONDS = 10
-    """Until what was written is in the file, at most."""
-
-    def __init__(self, folder: Path):
-        self._folder, self._writer = folder, None
+    def __init__(self, folder: Path, say: Callable[[str], None]):
+        self._folder, self._say = folder, say
+        self._writer: Any = None
+        self._has_failed = False
 
     def add_scalars(self, numbers: Mapping[str, list[tuple[float, float]]]) -> None:
         """(step, value) of each name."""
+        from tensorboardX import summary  # here, as it is an extra
+
         for name, points in numbers.items():
             for step, value in points:
-                self._open().add_scalar(name, value, int(step))
+                self._write(step, summary.scalar(name, value))
 
     def add_histogram(self, name: str, step: int, values: np.ndarray) -> None:
         """How often values are how large, in `BINS` equal bins between the least and the largest finite one."""
+        from tensorboardX import summary
+
         finite = values[np.isfinite(values)]
         if finite.size:
-            self._open().add_histogram(name, finite, step, bins=np.linspace(*_widened(finite), BINS + 1))
+            self._write(step, summary.histogram(name, finite, np.linspace(*_widened(finite), BINS + 1)))
 
     def flush(self) -> None:
         """Have all of it in the file."""
         if self._writer is not None:
-            self._writer.flush()
+            self._try(self._writer.flush)
 
     def close(self) -> None:
         """The run has ended, or stops here."""
         if self._writer is not None:
-            self._writer.close()
+            self._try(self._writer.close)
+        self._writer = None
+
+    def _write(self, step: float, summary: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        event = Event(wall_time=time.time(), step=int(step), summary=summary)
+        self._try(lambda: self._open().write_event(event))
 
     def _open(self) -> Any:
         if self._writer is None:
-            import tensorboardX  # here, as it is an extra
+            # without the thread of SummaryWriter, which an error would end and which a full queue would then wait for
+            from tensorboardX.event_file_writer import EventsWriter
 
-            self._writer = tensorboardX.SummaryWriter(str(self._folder), flush_secs=self.FLUSH_SECONDS)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._writer = EventsWriter(str(self._folder / "events"), f".{os.getpid()}")
         return self._writer
+
+    def _try(self, work: Callable[[], Any]) -> None:
+        if self._has_failed:
+            return
+        try:
+            work()
+        except OSError as error:
+            self._has_failed = True
+            self._say(f"{self._folder}: {error.strerror or error}: the run goes on without event files of TensorBoard.")
 
 
 def _widened(values: np.ndarray) -> tuple[float, float]:

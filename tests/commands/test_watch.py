@@ -2,9 +2,9 @@
 
 import io
 import json
-import os
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,9 +21,9 @@ from bilevel_jax.storage.objects import ObjectStore
 FAST = ("--outer.steps", "1", "--certify.no-enabled", "--retrain.no-enabled")
 
 
-def drawn(state, now=None, **options):
+def drawn(state, silence=0.0, **options):
     console = make_console(file=io.StringIO(), width=120, **options)
-    console.print(render_state(state, now))
+    console.print(render_state(state, silence))
     return console.file.getvalue()
 
 
@@ -43,7 +43,7 @@ def at_work(tmp_path):
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (tmp_path / "log.jsonl").write_text(lines + '{"event": "steps", "st')  # a line that is being written
     now = time.time()
-    state = {"phase": "training", "done": 2, "total": 8, "seconds": 61, "seconds_left": 183, "time": now, "process": 1}
+    state = {"phase": "training", "done": 2, "total": 8, "seconds": 61, "seconds_left": 183, "time": now}
     (tmp_path / "progress.json").write_text(json.dumps(state))
     return tmp_path
 
@@ -56,14 +56,19 @@ def test_a_run_at_work_shows_its_phase_its_share_its_eta_and_its_curves(at_work)
     lines = {line.split("  ")[0]: line.split() for line in text.splitlines()}
     assert lines["training loss"][-5:] == ["4", "3", "3", "4", "1"]
     assert lines["validation loss"][-5:] == ["3.5", "3.5", "3.5", "3.5", "2"]
+    assert "without fold 1: outer steps" in text and lines["validation"][-5:] == ["1", "1", "1", "1", "0"]
     assert "without fold 1 1" in text and "dev loss" not in text
 
 
 def test_a_killed_run_is_told_by_its_silence(at_work):
     state = read_state(str(at_work))
     assert "No sign of life" not in drawn(state)
-    text = drawn(state, now=time.time() + 3700)
-    assert "No sign of life for 1:01:" in text and "--resume" in text
+    text = drawn(state, silence=3700.0)
+    assert "No sign of life for 1:01:40" in text and "--resume" in text
+    (at_work / "result.json").write_text("{}")  # a copy of a run that has ended since, from which nothing was deleted
+    ended = read_state(str(at_work))
+    assert "No sign of life" not in drawn(ended, silence=3700.0) and "report: " in drawn(ended, silence=3700.0)
+    assert " 25%" in drawn(ended, silence=1.0)  # it was resumed
 
 
 def test_a_stopped_run_is_told_by_the_missing_progress(at_work):
@@ -86,7 +91,7 @@ def test_hostile_text_and_half_written_files_are_shown_or_passed_over(at_work):
 
 def test_a_step_that_was_logged_again_counts_once():
     records = [{"event": "outer", "step": step, "ess": value} for step, value in [(0, 9), (1, 8), (1, 7), (2, 6)]]
-    assert collect_curves(records) == {"outer": [Curve("effective sample size", [0, 1, 2], [9, 7, 6])]}
+    assert collect_curves(records) == {("", "outer"): [Curve("effective sample size", [0, 1, 2], [9, 7, 6])]}
 
 
 @pytest.mark.parametrize(
@@ -102,6 +107,26 @@ def test_a_step_that_was_logged_again_counts_once():
 )
 def test_curves_run_from_the_least_to_the_largest(values, blocks):
     assert draw_curve(values, width=4 if len(values) > 8 else 32) == blocks
+
+
+def test_the_eta_is_that_of_the_work_of_this_process_and_a_new_phase_is_written_at_once(tmp_path, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now, time=lambda: 5.0))
+    path = tmp_path / "progress.json"
+    file = progress.ProgressFile(path)
+    read = lambda: json.loads(path.read_text())  # noqa: E731
+    file.update("training", 60.0, 100.0, 60.0)  # all of it restored
+    assert (read()["phase"], read()["seconds_left"]) == ("training", None)
+    now = 101.0
+    file.update("training", 65.0, 100.0, 60.0)
+    assert read()["done"] == 60.0  # not yet time
+    file.update("writing", 65.0, 100.0, 60.0)
+    assert (read()["phase"], read()["seconds_left"]) == ("writing", 1.0 * 35 / 5)
+    now = 110.0
+    file.update("writing", 100.0, 100.0, 60.0)
+    assert read()["seconds_left"] is None  # of work that was not counted nobody knows how long it takes
+    file.remove()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_times():
@@ -120,7 +145,7 @@ def test_a_run_writes_how_far_it_is_while_it_runs_and_removes_it(made, tmp_path,
     out = tmp_path / "run"
     select(load_config(SelectConfig, made / "select.yaml", [*FAST, "--out", str(out)]))
     assert {state["phase"] for state in seen} >= {"outer step 0 of 1", "outer step 1 of 1"}
-    assert all(state["process"] == os.getpid() and 0 < state["done"] <= 1.2 * state["total"] for state in seen[3:])
+    assert all(0 < state["done"] <= 1.2 * state["total"] for state in seen[3:])
     assert not (out / "progress.json").exists() and not list(out.glob(".progress*"))
     before = contents(out)
     text = drawn(read_state(str(out)))
@@ -150,6 +175,21 @@ def test_a_run_at_a_url_is_read_there(at_work):
     assert read_state("memory://watched/run")._replace(folder=str(at_work)) == read_state(str(at_work))
     with pytest.raises(ValueError, match="memory://watched holds no run"):
         read_state("memory://watched")
+
+
+def test_an_error_of_the_network_and_ctrl_c_end_nothing(at_work, monkeypatch):
+    states = iter([read_state(str(at_work)), OSError("busy"), KeyboardInterrupt()])
+
+    def read(folder):
+        state = next(states)
+        if isinstance(state, BaseException):
+            raise state
+        return state
+
+    monkeypatch.setattr(watch_command, "read_state", read)
+    console = make_console(file=io.StringIO(), width=100, force_terminal=True)
+    state = watch_command.watch(load_watch_config(str(at_work), ["--watch.seconds", "0.01"]), console=console)
+    assert state.result is None and "not read: busy" in console.file.getvalue()
 
 
 def test_the_command_line(at_work, tmp_path, capsys):

@@ -72,13 +72,25 @@ def test_they_hold_the_numbers_of_the_log_and_the_weights(made, tmp_path, stop_a
 
 def test_equal_values_and_values_that_are_not_finite_have_histograms_too(tmp_path):
     pytest.importorskip("tensorboardX")
-    writer = tensorboard.EventWriter(tmp_path)
+    writer = tensorboard.EventWriter(tmp_path, print)
     writer.add_histogram("equal", 0, np.ones(5))
     writer.add_histogram("broken", 1, np.array([np.nan, 1.0, 2.0, np.inf]))
     writer.add_histogram("nothing", 2, np.array([np.nan]))
     writer.close()
     found = {value.tag: value.histo.num for event in read_events(tmp_path) for value in event.summary.value}
     assert found == {"equal": 5, "broken": 2}
+
+
+def test_where_it_cannot_write_the_run_goes_on_and_says_so_once(tmp_path):
+    pytest.importorskip("tensorboardX")
+    (tmp_path / "file").write_text("")
+    said = []
+    writer = tensorboard.EventWriter(tmp_path / "file" / "tensorboard", said.append)
+    for step in range(30):
+        writer.add_scalars({"loss": [(step, 1.0)]})
+    writer.flush()
+    writer.close()
+    assert len(said) == 1 and said[0].endswith("the run goes on without event files of TensorBoard.")
 
 
 def test_without_the_package_one_sentence_says_how_to_have_it(made, tmp_path, monkeypatch):

@@ -326,7 +326,7 @@ class _OuterSteps:
         if restored := checkpoint.restore_checkpoint(self.folder, self._saved_arrays()):
             self._restore_arrays(restored.tree)
             self.records = restored.meta["records"]
-            session.advance(sum(record["work"] for record in self.records))
+            session.restore_work(sum(record["work"] for record in self.records))
 
     def is_done(self) -> bool:
         """Whether all steps were made, validation is used up, or the weights would stand on few examples."""

@@ -226,7 +226,7 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
     state, records = _init_state(context, start), []
     if restored := checkpoint.restore_checkpoint(folder, state):
         state, records = restored.tree, restored.meta["records"]
-        session.advance(sum(record["work"] for record in records) + session.job_cost(INITIAL_SCORES_JOB)[0])
+        session.restore_work(sum(record["work"] for record in records) + session.job_cost(INITIAL_SCORES_JOB)[0])
     elif refine_config.refine.questions == "dynamic":
         state = state._replace(weights=estimate_initial_weights(context, start))
     for number in range(len(records)):

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,8 +36,8 @@ class RunState(NamedTuple):
     command: str
     progress: dict[str, Any] | None
     """What progress.json holds; None where the run is not at work."""
-    curves: dict[str, list[Curve]]
-    """By the kind of the log's records."""
+    curves: dict[tuple[str, str], list[Curve]]
+    """By (part, kind) of the log's records; "" is the whole run. Of parts those of the one that wrote last."""
     parts: dict[str, int]
     """Records of each part of the run."""
     result: dict[str, Any] | None
@@ -56,16 +57,15 @@ def read_state(folder: str) -> RunState:
             f"{folder} holds no run: {CONFIG_FILE} is missing. Give the folder of a run, output.dir of its config."
         )
     records = list(_parse_records(read(seals.LOG_FILE) or b""))
-    parts: dict[str, int] = {}
+    parts, last_part = Counter(str(record["part"]) for record in records if "part" in record), ""
     for record in records:
-        if "part" in record:
-            parts[record["part"]] = parts.get(record["part"], 0) + 1
+        last_part = record.get("part", last_part)
     return RunState(
         folder,
         _find_command(config),
         _parse_object(read(PROGRESS_FILE)),
-        collect_curves([record for record in records if "part" not in record]),
-        parts,
+        collect_curves([record for record in records if record.get("part", "") in ("", last_part)]),
+        dict(parts),
         _parse_object(read(RESULT_FILE)),
     )
 
@@ -85,23 +85,23 @@ def _make_reader(folder: str) -> Callable[[str], bytes | None]:
     return read
 
 
-def collect_curves(records: list[dict[str, Any]]) -> dict[str, list[Curve]]:
-    """The numbers of a log by the kind of its records; of a step that was logged again, the later one."""
-    found: dict[str, dict[str, dict[float, float]]] = {}
+def collect_curves(records: list[dict[str, Any]]) -> dict[tuple[str, str], list[Curve]]:
+    """The numbers of a log by (part, kind) of its records; of a step that was logged again, the later one."""
+    found: dict[tuple[str, str], dict[str, dict[float, float]]] = {}
     for record in records:
-        curves = found.setdefault(str(record.get("event", "")), {})
+        curves = found.setdefault((str(record.get("part", "")), str(record.get("event", ""))), {})
         for name, step, value in list_numbers(record):
             curves.setdefault(name, {})[step] = value
     return {
-        event: [Curve(name, *map(list, zip(*sorted(points.items()), strict=True))) for name, points in curves.items()]
-        for event, curves in found.items()
+        place: [Curve(name, *map(list, zip(*sorted(points.items()), strict=True))) for name, points in curves.items()]
+        for place, curves in found.items()
     }
 
 
-def seconds_of_silence(state: RunState, now: float | None = None) -> float | None:
-    """Since the run last wrote how far it is; None where it is not at work."""
+def seconds_of_silence(state: RunState) -> float | None:
+    """Since the run last wrote how far it is, by the clocks of both machines; None where it is not at work."""
     told = (state.progress or {}).get("time")
-    return None if told is None else max(0.0, (time.time() if now is None else now) - told)
+    return None if told is None else max(0.0, time.time() - told)
 
 
 def _parse_records(log: bytes) -> Iterator[dict[str, Any]]:

@@ -1,12 +1,13 @@
 """`bilevel-jax watch`: a terminal view of a run, drawn again while it runs."""
 
+import contextlib
 import time
 from typing import Any
 
 from rich.live import Live
 
-from bilevel_jax.commands.watch.read import RunState, read_state
-from bilevel_jax.commands.watch.view import render_state
+from bilevel_jax.commands.watch.read import RunState, read_state, seconds_of_silence
+from bilevel_jax.commands.watch.view import has_ended, render_state
 from bilevel_jax.runs.config.load import WatchConfig
 from bilevel_jax.runs.terminal import make_console
 
@@ -26,12 +27,23 @@ def watch(config: WatchConfig, *, console: Any = None) -> RunState:
     """
     folder, console = config.watch.dir, console or make_console()
     state = read_state(folder)
+    silence = seconds_of_silence(state)
     if config.watch.once or not console.is_terminal:
-        console.print(render_state(state))
+        console.print(render_state(state, silence))
         return state
-    with Live(render_state(state), console=console, auto_refresh=False) as live:
-        while state.result is None or state.progress is not None:
-            time.sleep(config.watch.seconds)
-            state = read_state(folder)
-            live.update(render_state(state), refresh=True)
+    heard, wait = time.monotonic(), config.watch.seconds
+    with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+        live.update(render_state(state, silence), refresh=True)
+        while not has_ended(state, silence):
+            time.sleep(wait)
+            try:
+                new = read_state(folder)
+            except OSError as error:  # of the network: what was read stays
+                live.console.print(f"not read: {error}")
+                continue
+            # by this machine's clock alone: that of the run's may be another
+            if new != state:
+                heard = time.monotonic()
+            state, silence = new, time.monotonic() - heard
+            live.update(render_state(state, silence), refresh=True)
     return state

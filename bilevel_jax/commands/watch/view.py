@@ -9,7 +9,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from bilevel_jax.commands.watch.read import Curve, RunState, seconds_of_silence
+from bilevel_jax.commands.watch.read import Curve, RunState
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 32
@@ -24,13 +24,19 @@ HEADINGS = {
 """By the kind of a record of the log."""
 
 
-def render_state(state: RunState, now: float | None = None) -> RenderableType:
-    """The view of a run at one moment; `now` in seconds since 1970."""
+def has_ended(state: RunState, silence: float | None) -> bool:
+    """Whether the run has its result, and is not at work again; a copy of it may still have a silent progress.json."""
+    return state.result is not None and (state.progress is None or (silence or 0.0) > QUIET_SECONDS)
+
+
+def render_state(state: RunState, silence: float | None) -> RenderableType:
+    """The view of a run at one moment; `silence`: seconds for which nothing was heard of it."""
     parts: list[RenderableType] = [Text(f"{state.command}  {state.folder}", style="bold")]
-    parts.append(_render_progress(state, now))
-    for event, curves in state.curves.items():
+    parts.append(_render_progress(state, silence))
+    for (part, event), curves in state.curves.items():
         if curves:
-            parts += [Text(), _render_curves(HEADINGS.get(event, event), curves)]
+            heading = HEADINGS.get(event, event)
+            parts += [Text(), _render_curves(f"{part}: {heading}" if part else heading, curves)]
     if state.parts:
         counts = ", ".join(f"{name} {count}" for name, count in state.parts.items())
         parts += [Text(), Text(f"records of parts: {counts}")]
@@ -53,10 +59,9 @@ def draw_curve(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
     return "".join(BLOCKS[min(7, int(8 * (mean - low) / (high - low)))] for mean in means)
 
 
-def _render_progress(state: RunState, now: float | None) -> RenderableType:
-    if state.progress is None:
+def _render_progress(state: RunState, silence: float | None) -> RenderableType:
+    if state.progress is None or has_ended(state, silence):
         return Text(_describe_rest(state))
-    silence = seconds_of_silence(state, now)
     progress = state.progress
     head = Text(f"{progress.get('phase', '')}   ")
     done, total = progress.get("done") or 0.0, progress.get("total")

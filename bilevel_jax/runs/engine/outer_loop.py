@@ -255,7 +255,7 @@ class OuterLoop:
         self.records: OuterRecords = []
         if restored := checkpoint.restore_checkpoint(self.folder, self.state):
             self.state, self.records = restored.tree, restored.meta["records"]
-            session.advance(sum(record["work"] for record in self.records))
+            session.restore_work(sum(record["work"] for record in self.records))
         elif self._rater_features is not None:
             session.advance(self._rater_features.work)
 
@@ -370,7 +370,7 @@ class OuterLoop:
         done, folder = 0, part.folder / "checkpoints" / "outer"
         if restored := checkpoint.restore_checkpoint(folder, state):
             state, done = restored.tree, restored.step + 1
-            part.advance(restored.meta["work"])
+            part.restore_work(restored.meta["work"])
         for step in range(done, num_steps):
             part.set_phase(f"outer step {step} of {num_steps}")
             hyper, start_params = state

@@ -123,7 +123,7 @@ def run_single_loop(
     folder = session.folder / "checkpoints" / f"single-{seed}"
     if restored := checkpoint.restore_checkpoint(folder, state):
         state, recorder.records = restored.tree, restored.meta["records"]
-        session.advance(work * int(state.train_state.step))
+        session.restore_work(work * int(state.train_state.step))
 
     def take_step(step: int, state: Any) -> Any:
         return method.step(state, frozen, train_stream.batch(step), validation_stream.batch(step))[0]

@@ -155,7 +155,7 @@ class Trainer:
             snapshots.update(restored.snapshots)
             for later in [step for step in snapshots if step > steps_done]:
                 del snapshots[later]  # of the minutes that were lost
-            session.advance(steps_done)
+            session.restore_work(steps_done)
         monitor = _RunMonitor(self, weights, start, stream, snapshots, outer_step, resume_state, on_params)
         run = train(
             task.train_step,
@@ -277,7 +277,7 @@ class Trainer:
         restored = None if outer_step is None else self._load_mid_step(outer_step, run.start, weights)
         if restored is not None and restored.checkpoint.backward_state.step >= 0:
             backward_state = restored.checkpoint.backward_state
-            self.session.advance(self._step_back_work * (run.steps - backward_state.step))
+            self.session.restore_work(self._step_back_work * (run.steps - backward_state.step))
         else:
             backward_state = passes.init(run, weights, fixed, validation)
 

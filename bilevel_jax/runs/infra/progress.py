@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bilevel_jax.runs.terminal import in_notebook, make_console
 from bilevel_jax.storage import copies
@@ -27,16 +27,24 @@ class ProgressFile:
     """Between two writes."""
 
     def __init__(self, path: Path):
-        self._path, self._last_write = path, time.monotonic()
+        self._path, self._phase = path, ""
+        self._began = self._last_write = time.monotonic()
 
-    def update(self, task: Task) -> None:
-        """Write it where it is time to; a disk that is full is no reason to stop."""
-        if time.monotonic() - self._last_write < self.SECONDS:
+    def update(self, phase: str, done: float, total: float | None, restored: float) -> None:
+        """Write it where the phase is new or it is time to; a disk that is full is no reason to stop.
+
+        Work is in training steps, `restored` that of earlier processes, which says nothing of the speed.
+        """
+        now = time.monotonic()
+        if phase == self._phase and now - self._last_write < self.SECONDS:
             return
-        self._last_write = time.monotonic()
+        self._phase, self._last_write = phase, now
+        seconds_left = None
+        if total is not None and restored < done < total:
+            seconds_left = (now - self._began) * (total - done) / (done - restored)
         state = {
-            "phase": task.description, "done": task.completed, "total": task.total, "seconds": task.elapsed,
-            "seconds_left": task.time_remaining, "time": time.time(), "process": os.getpid(),
+            "phase": phase, "done": done, "total": total, "seconds": now - self._began, "seconds_left": seconds_left,
+            "time": time.time(),
         }  # fmt: skip
         part = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
         with contextlib.suppress(OSError):

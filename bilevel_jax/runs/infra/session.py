@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Session:
         self._calls_per_sync, self._calls_since_sync, self._last_sync = 1, 0, time.monotonic()
         self._finished_jobs_path = folder / "checkpoints" / FINISHED_JOBS_FILE
         self._finished_jobs: dict[str, Any] = distributed.share_from_first(self._read_finished_jobs())
-        self.work_done = 0.0
+        self.work_done, self._restored_work = 0.0, 0.0
 
     def _read_finished_jobs(self) -> dict[str, Any]:
         path = self._finished_jobs_path
@@ -81,15 +82,23 @@ class Session:
         self._bar.update(self._task, completed=self.work_done)
         self._write_progress()
 
+    def restore_work(self, amount: float) -> None:
+        """Count work that an earlier process of this run did: it says nothing of the speed of this one."""
+        self._restored_work += amount
+        self.advance(amount)
+
     def _write_progress(self) -> None:
         if self._progress_file is not None:
-            self._progress_file.update(self._bar.tasks[self._task])
+            task = self._bar.tasks[self._task]
+            self._progress_file.update(task.description, self.work_done, task.total, self._restored_work)
 
     def close(self) -> None:
         """The run has ended, or stops here."""
-        self.log.close()
-        if self._progress_file is not None:
-            self._progress_file.remove()
+        try:
+            self.log.close()
+        finally:
+            if self._progress_file is not None:
+                self._progress_file.remove()
 
     def print_line(self, line: str) -> None:
         """One line for the person who watches."""
@@ -173,7 +182,7 @@ class Session:
             run_dir.write_atomic(self._finished_jobs_path, seals.format_json(self._finished_jobs))
             self.check_signals()
         else:
-            self.advance(self._finished_jobs[key]["work"])
+            self.restore_work(self._finished_jobs[key]["work"])
         return self._finished_jobs[key]["value"]
 
     def job_cost(self, prefix: str) -> tuple[float, float]:
@@ -219,6 +228,10 @@ class PartSession(Session):
         """Counts for the whole."""
         self._parent.advance(amount)
 
+    def restore_work(self, amount: float) -> None:
+        """Counts for the whole."""
+        self._parent.restore_work(amount)
+
     def print_line(self, line: str) -> None:
         """Nothing: the log has it."""
 
@@ -238,8 +251,9 @@ class PartSession(Session):
 class EventLog:
     """A log whose numbers are also written as event files of TensorBoard, by the first process."""
 
-    def __init__(self, log: JsonLog, folder: Path):
-        self._log, self._events = log, tensorboard.EventWriter(folder) if distributed.is_first_process() else None
+    def __init__(self, log: JsonLog, folder: Path, say: Callable[[str], None]):
+        self._log = log
+        self._events = tensorboard.EventWriter(folder, say=say) if distributed.is_first_process() else None
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; its numbers have the tag PART/EVENT/NAME."""
@@ -480,7 +494,7 @@ def open_session(folder: Path, *, progress: bool, save_seconds: float, has_event
     bar = make_progress_bar(progress and distributed.is_first_process())
     log: Any = JsonLog(folder / seals.LOG_FILE)
     if has_events:
-        log = EventLog(log, folder / tensorboard.FOLDER)
+        log = EventLog(log, folder / tensorboard.FOLDER, say=partial(_print_line, bar.console))
     run_session = Session(folder, log, bar, save_seconds, has_events=has_events)
     distributed.wait_for_all_processes()  # all have read which jobs are finished, before one notes another
     try:
