@@ -36,7 +36,7 @@ class WorkingCopy:
     A file is published when it has its name, whole: the server sees the writes in the order in which the disk sees
     them, so a run that is killed leaves there what it would leave on a disk. Of a folder that counts once a manifest is
     in it, the manifest is published last. Journals, which grow line by line, are published whole within
-    JOURNAL_SECONDS.
+    JOURNAL_SECONDS, and before any other file, which may rely on their lines.
     """
 
     def __init__(self, url: str):
@@ -44,7 +44,8 @@ class WorkingCopy:
         self.root = make_local_folder(self.url)
         self._lease: lease.Lease | None = None
         self._journals: set[Path] = set()
-        self._lock, self._ended = threading.RLock(), threading.Event()
+        self._journals_lock = threading.Lock()  # short: who appends a line waits for no upload
+        self._order, self._ended = threading.RLock(), threading.Event()
         self._thread = threading.Thread(target=self._publish_journals_often, name="journals", daemon=True)
 
     def open(self, owner: lease.Lease) -> None:
@@ -79,16 +80,17 @@ class WorkingCopy:
 
     def publish(self, path: Path) -> None:
         """Have the server hold what a file holds now."""
-        with self._lock:
-            self._check()
-            self.store.upload(path, self._name(path))
+        with self._order:
+            self.publish_journals()
+            self._upload(path)
 
     def publish_folder(self, folder: Path, last: str = "") -> None:
         """Have the server hold what a folder holds now, the file `last` after the others, and nothing else there."""
-        self._check()
         name = self._name(folder)
         files = {f"{name}/{path.relative_to(folder).as_posix()}": path for path in folder.rglob("*") if path.is_file()}
         final = files.pop(f"{name}/{last}", None) if last else None
+        self.publish_journals()
+        self._check()
         self.store.upload_all(files)
         self._check()
         if final is not None:
@@ -96,27 +98,38 @@ class WorkingCopy:
         self.store.remove(set(self.store.list_all(name)) - {*files, f"{name}/{last}"})
 
     def publish_later(self, journal: Path) -> None:
-        """Have the server hold a journal within JOURNAL_SECONDS."""
-        with self._lock:
+        """Have the server hold a journal within JOURNAL_SECONDS, and before any other file that is published."""
+        with self._journals_lock:
             self._journals.add(journal)
 
     def publish_journals(self) -> None:
         """Have the server hold all lines of all journals."""
-        with self._lock:
-            for journal in list(self._journals):
-                if journal.is_file():
-                    self.publish(journal)
-                self._journals.discard(journal)
+        with self._order:
+            with self._journals_lock:
+                journals, self._journals = self._journals, set()
+            try:
+                for journal in sorted(journals):
+                    if journal.is_file():
+                        self._upload(journal)
+            except BaseException:
+                with self._journals_lock:
+                    self._journals |= journals
+                raise
 
     def remove(self, path: Path) -> None:
         """Remove a file from the server."""
-        with self._lock:
+        with self._order:
+            with self._journals_lock:
+                self._journals.discard(path)
+            self.publish_journals()
             self._check()
-            self._journals.discard(path)
             self.store.remove([self._name(path)])
 
     def remove_folder(self, folder: Path, first: str = "") -> None:
         """Remove a folder from the server; the file `first`, without which it does not count, before the others."""
+        with self._journals_lock:
+            self._journals = {journal for journal in self._journals if not journal.is_relative_to(folder)}
+        self.publish_journals()
         self._check()
         names = list(self.store.list_all(self._name(folder)))
         head = [name for name in names if first and name.rpartition("/")[2] == first]
@@ -127,6 +140,10 @@ class WorkingCopy:
         """Remove the folder from the server, the lock aside."""
         self._check()
         self.store.remove(name for name in self.store.list_all() if not lease.LOCK_NAME.fullmatch(name))
+
+    def _upload(self, path: Path) -> None:
+        self._check()
+        self.store.upload(path, self._name(path))
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()

@@ -97,6 +97,7 @@ def fail_from(s3, number, answer=FAILURE):  # noqa: F811
 
 def check_failures(s3, inputs, local, tmp_path, monkeypatch, name, count):  # noqa: F811
     """Fail at every write (at `count` of them, evenly spread); go on when the server is back; compare the end."""
+    monkeypatch.setattr(copies, "JOURNAL_SECONDS", 1e3)  # a journal is there because another file needs it
     whole = local(name)
     s3.app.writes = 0
     run_at_url(inputs, name)
@@ -128,7 +129,9 @@ def test_a_server_that_fails_at_a_write_costs_no_number(s3, table_inputs, local,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["train", "select", "select, states on disk", "select, rater", "refine", "score"])
+@pytest.mark.parametrize(
+    "name", ["train", "select", "select, states on disk", "select, rater", "refine", "score", "evaluate"]
+)
 def test_a_server_that_fails_at_any_write(s3, table_inputs, local, tmp_path, monkeypatch, name):  # noqa: F811
     check_failures(s3, table_inputs, local, tmp_path, monkeypatch, name, int(os.environ.get("FAILURES", "0")))
 

@@ -1,0 +1,65 @@
+"""Copies of this machine: what is published in which order, and what may be written where."""
+
+import contextlib
+
+import pytest
+
+from bilevel_jax.storage import copies, lease
+from bilevel_jax.storage.objects import ObjectStore, StorageError
+from tests.s3_server import be_quick
+
+
+@pytest.fixture
+def working_copy(monkeypatch):
+    """A working copy at memory://copies/run that publishes no journal by itself."""
+    be_quick(monkeypatch)
+    monkeypatch.setattr(copies, "JOURNAL_SECONDS", 1e3)
+    copy = copies.WorkingCopy("memory://copies/run")
+    copy.store.remove(copy.store.list_all())
+    copy.root.mkdir()
+    with lease.hold(copy.store) as owner:
+        copy.open(owner)
+        yield copy
+        with contextlib.suppress(StorageError):
+            copy.close()
+
+
+def names(copy):
+    return {name for name in copy.store.list_all() if not lease.LOCK_NAME.fullmatch(name)}
+
+
+@pytest.mark.parametrize("how", ["publish", "publish_folder", "remove", "remove_folder"])
+def test_a_journal_is_on_the_server_before_what_relies_on_it(working_copy, monkeypatch, how):
+    (working_copy.root / "part").mkdir()
+    journal, done = working_copy.root / "responses.jsonl", working_copy.root / "part" / "done.json"
+    done.write_text("{}")
+    working_copy.publish(done)
+    journal.write_text('{"row": 1}\n')
+    copies.publish_later(journal)
+    assert names(working_copy) == {"part/done.json"}
+    fail, seen = ObjectStore.upload, []
+
+    def look(*_, **__):
+        seen.append(names(working_copy))
+        raise StorageError("killed here")
+
+    def upload(self, file, name, *rest, **more):
+        return look() if name == "part/done.json" else fail(self, file, name, *rest, **more)
+
+    monkeypatch.setattr(ObjectStore, "upload", upload)
+    monkeypatch.setattr(ObjectStore, "remove", look)
+    with pytest.raises(StorageError, match="killed here"):
+        getattr(working_copy, how)(done if how in ("publish", "remove") else done.parent)
+    assert seen and all("responses.jsonl" in one for one in seen)
+
+
+def test_a_journal_that_could_not_be_published_is_published_later(working_copy, monkeypatch):
+    journal = working_copy.root / "responses.jsonl"
+    journal.write_text('{"row": 1}\n')
+    copies.publish_later(journal)
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStore, "upload", lambda *_, **__: (_ for _ in ()).throw(StorageError("away")))
+        with pytest.raises(StorageError, match="away"):
+            working_copy.publish_journals()
+    working_copy.publish_journals()
+    assert working_copy.store.read("responses.jsonl") == b'{"row": 1}\n'
