@@ -100,7 +100,10 @@ class ObjectStore:
         return self._try("looked for", name, exists)
 
     def list_all(self, folder: str = "") -> dict[str, int]:
-        """Name -> size of every object below a folder, in order."""
+        """Name -> size of every object below a folder, in order, but for what a console makes to show a folder.
+
+        Raises StorageError for a name that would be no file inside of a folder of this machine, such as ../x.
+        """
         prefix = self._path("") + "/"
 
         def list_objects() -> dict[str, int]:
@@ -111,7 +114,15 @@ class ObjectStore:
                 if path.startswith(prefix)
             }
 
-        return self._try("listed", folder, list_objects)
+        found = self._try("listed", folder, list_objects)
+        names = {name: size for name, size in found.items() if size or not name.endswith("/")}
+        for name in names:
+            if "\0" in name or {"", ".", ".."} & set(name.split("/")):
+                raise StorageError(
+                    f"{self.url} holds an object {name!r}, whose name has a part that is empty, . or .., so that no "
+                    "file of this machine can stand for it. Remove it, or name another folder."
+                )
+        return names
 
     def list_names(self, folder: str = "") -> list[str]:
         """The first parts of the names below a folder, without what lies deeper."""

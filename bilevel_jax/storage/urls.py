@@ -18,6 +18,8 @@ CREDENTIALS = {
 """Extra's protocol -> where its library looks for credentials."""
 _URL = re.compile(r"(?!hf://)[A-Za-z][A-Za-z0-9+.-]*://")
 """A name on the Hugging Face hub (hf://) is none: it is read by its commit, in bilevel_jax/lm/hub."""
+_PORT = re.compile(r"^[A-Za-z0-9.-]*:[0-9]{1,5}(?=/)")
+"""Host and port at the beginning of what stands behind ://, where a bucket has no port; an @ behind names a split."""
 
 
 def is_url(path: Any) -> bool:
@@ -44,6 +46,7 @@ def strip_file_protocol(path: str) -> str:
     """
     if not path.lower().startswith("file://"):
         return path
+    check_url(path)
     parts = urllib.parse.urlsplit(path)
     if parts.netloc not in ("", "localhost"):
         raise ValueError(f"{path}: a file on the machine {parts.netloc!r}. Write file:///FOLDER, with three slashes.")
@@ -51,19 +54,28 @@ def strip_file_protocol(path: str) -> str:
 
 
 def check_url(url: str) -> None:
-    """Raise ValueError for a URL that holds credentials, which a config and a log would store; it is not quoted."""
-    parts = urllib.parse.urlsplit(url)
-    place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    if parts.username is not None:
+    """Raise ValueError for a URL that holds credentials, which a config and a log would store; it is not quoted.
+
+    A key may have a slash, so the text before the last @ is looked at, too, and not the host alone. Raises ValueError
+    also for a path that leads out of its folder.
+    """
+    protocol, _, rest = url.partition("://")
+    before, _, behind = rest.rpartition("@")
+    if ":" in (before if protocol.lower() in EXTRAS else _PORT.sub("", before)) or "@" in re.split("[/?#]", rest)[0]:
         raise ValueError(
-            f"{place}: a user or a key stands before the @ of this URL, and a run stores its config. Take it out, and "
-            f"give credentials where the library looks for them: {_describe_credentials(parts.scheme)}."
+            f"{protocol}://{behind}: a user or a key stands before the @ of this URL, and a run stores its config. "
+            "Take it out, and give credentials where the library looks for them: "
+            f"{_describe_credentials(protocol.lower())}."
         )
+    parts = urllib.parse.urlsplit(url)
+    place = f"{protocol}://{parts.netloc}{parts.path}"
     if parts.query:
         raise ValueError(
             f"{place}: a query stands behind the ? of this URL, which may hold a signature or a key, and a run stores "
             "its config. Take it out, or download the file."
         )
+    if {".", ".."} & set(parts.path.split("/")):
+        raise ValueError(f"{place}: a part of this URL is . or .., which leads out of its folder. Write it without.")
 
 
 def _describe_credentials(protocol: str) -> str:

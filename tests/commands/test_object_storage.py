@@ -206,6 +206,13 @@ def test_models_weights_configs_and_runs_are_read_from_urls(s3, table_inputs, lo
     assert f"{URL}/weights.parquet has" in capsys.readouterr().err
 
 
+def test_a_url_with_credentials_is_not_quoted(table_inputs):  # noqa: F811
+    for flag in ("--data.train", "--weights.file", "--output.dir"):
+        with pytest.raises(ValueError, match="a user or a key stands before the @") as error:
+            run_at_url(table_inputs, "train", flag, "s3://AKIA123:hush/K7M@bucket/run")
+        assert "hush" not in str(error.value)
+
+
 def test_a_file_url_is_a_path(table_inputs, tmp_path):  # noqa: F811
     with without_clock(save_every=SAVE_EVERY):
         start(table_inputs, "train", f"file://{tmp_path}/run", f"--data.train=file://{table_inputs}/train.jsonl")

@@ -46,6 +46,18 @@ def test_one_of_two_creates(store):
     assert store.create("lock", b"mine")  # as after an answer that was lost: what is there is what was sent
 
 
+@pytest.mark.parametrize("name", ["../../x", "deep/../../x", "/etc/x", "deep//x", "./x"])
+def test_a_name_that_would_be_a_file_elsewhere_is_refused(s3, name, monkeypatch):
+    s3.write("run/a.txt", b"one")
+    store, others = ObjectStore("s3://bucket/run"), {"bucket/run/deep/": {"size": 0}}  # a console's, to show a folder
+    find = store._filesystem.find  # as another server: that of the tests refuses some of these names
+    monkeypatch.setattr(store._filesystem, "find", lambda *rest, **more: find(*rest, **more) | others)
+    assert store.list_all() == {"a.txt": 3}
+    others[f"bucket/run/{name}"] = {"size": 1}
+    with pytest.raises(StorageError, match=f"s3://bucket/run holds an object '{re.escape(name)}'.*Remove it"):
+        store.list_all()
+
+
 @pytest.mark.parametrize("answer", [SLOW_DOWN, FAILURE, (429, "TooManyRequests")], ids=str)
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
 def test_a_busy_server_is_asked_again(s3, answer, method):

@@ -31,6 +31,11 @@ def test_a_url_is_told_from_a_path(path, is_url, is_remote):
     [
         ("s3://AKIA123:hush@bucket/run", "hush", "AWS_ACCESS_KEY_ID"),
         ("gs://hush@bucket/run", "hush", "GOOGLE_APPLICATION_CREDENTIALS"),
+        ("s3://AKIA123:hush/K7M@bucket/run", "hush", "AWS_ACCESS_KEY_ID"),
+        ("s3://AKIA123:12/hush@bucket/run@train", "hush", "AWS_ACCESS_KEY_ID"),
+        ("s3://AKIA123:hush?K7M@bucket/run", "hush", "AWS_ACCESS_KEY_ID"),
+        ("s3://AKIA123:hush#K7M@bucket/run", "hush", "AWS_ACCESS_KEY_ID"),
+        ("s3://[AKIA123:hush@bucket/run", "hush", "AWS_ACCESS_KEY_ID"),
         ("https://host/rows.jsonl?X-Amz-Signature=hush", "hush", "query"),
     ],
 )
@@ -38,6 +43,17 @@ def test_a_url_with_credentials_is_refused_and_not_quoted(url, secret, words):
     with pytest.raises(ValueError, match=words) as error:
         urls.open_filesystem(url)
     assert secret not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/rows@train", "https://host:8080/rows@train", "s3://bucket/a:b/rows"])
+def test_a_split_and_a_port_are_no_credentials(url):
+    urls.check_url(url)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run/../../x", "memory://run/./x"])
+def test_a_url_that_leads_out_of_its_folder_is_refused(url):
+    with pytest.raises(ValueError, match=r"a part of this URL is \. or \.\."):
+        urls.open_filesystem(url)
 
 
 @pytest.mark.parametrize(("url", "extra"), [("s3://bucket/run", "s3"), ("gs://bucket/run", "gcs")])
