@@ -207,10 +207,15 @@ def test_models_weights_configs_and_runs_are_read_from_urls(s3, table_inputs, lo
     assert f"{URL}/weights.parquet has" in capsys.readouterr().err
 
 
-def test_a_url_with_credentials_is_not_quoted(table_inputs):  # noqa: F811
-    for flag in ("--data.train", "--weights.file", "--output.dir"):
+def test_a_url_with_credentials_is_not_quoted(table_inputs, tmp_path):  # noqa: F811
+    secret = "s3://AKIA123:hush/K7M@bucket/run"
+    for url, flags in (
+        (f"{tmp_path}/data", ["--data.train", secret]),
+        (f"{tmp_path}/weights", ["--weights.file", secret]),
+        (secret, []),
+    ):
         with pytest.raises(ValueError, match="a user or a key stands before the @") as error:
-            run_at_url(table_inputs, "train", flag, "s3://AKIA123:hush/K7M@bucket/run")
+            run_at_url(table_inputs, "train", *flags, url=url)
         assert "hush" not in str(error.value)
 
 
