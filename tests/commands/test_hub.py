@@ -1,5 +1,6 @@
 """Commands on names on the hub: the commits that a run records, and a run that goes on after the hub has changed."""
 
+import importlib
 import json
 import math
 
@@ -13,7 +14,7 @@ from bilevel_jax.commands.select.run import select
 from bilevel_jax.lm.checkpoint.folders import find_model_folder
 from bilevel_jax.lm.data.examples import load_examples
 from bilevel_jax.lm.models import load_peft, read_config
-from bilevel_jax.runs.config.hub_names import describe_hub_names, find_commits, replace_names
+from bilevel_jax.runs.config.hub_names import describe_hub_names, find_commits, keep_base_commits, replace_names
 from bilevel_jax.runs.config.load import EvaluateConfig, SelectConfig, load_config
 from bilevel_jax.runs.infra import inputs
 from tests.lm.hub.hub_server import TOKEN, HubServer, connect
@@ -83,7 +84,6 @@ def test_a_run_records_commits_and_goes_on_with_them(online, made, tmp_path, cap
     assert result["hub"] == records
     whole = read_json(tmp_path / "whole" / "result.json")
     assert result["parts"] == whole["parts"] and result["records"] == whole["records"]
-    assert [json.loads(line).get("event") for line in (out / "log.jsonl").read_text().splitlines()].count("hub") == 4
     assert all(name in (out / "config.yaml").read_text() for name in pinned.values())
     assert main(["export", str(out), "--out", str(tmp_path / "chosen")]) == 0  # the same rows
     assert len((tmp_path / "chosen" / "train.jsonl").read_text().splitlines()) == 29
@@ -118,6 +118,79 @@ def test_an_adapter_names_its_base_with_its_commit(online, made, tmp_path):
     online()
     folders = find_model_folder(out / "model-adapter")
     assert folders.base.name == head and folders.adapter == out / "model-adapter"
+
+
+def test_a_run_that_fails_at_its_start_leaves_no_folder(online, made, tmp_path, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("no training today.")
+
+    monkeypatch.setattr(importlib.import_module("bilevel_jax.commands.train.run"), "TrainingLoop", fail)
+    with pytest.raises(ValueError, match="no training today"):
+        run(made, "train", tmp_path / "out", *FEW_STEPS)
+    assert "is read as hub:me/tiny@" in capsys.readouterr().err  # the session was open
+    assert not (tmp_path / "out").exists()
+
+
+def evaluation(model, baseline, *flags):
+    names = ("--evaluate.model", model, "--evaluate.baseline", baseline, "--data.test", "rows.jsonl")
+    return load_config(EvaluateConfig, None, [*names, *flags])
+
+
+def test_the_base_of_an_adapter_is_pinned_and_recorded(online, made, tmp_path):
+    hub = online()
+    base = hub.repositories["model", "me/tiny"]
+    keys = {"base_model_name_or_path": "me/tiny", "revision": None}
+    adapter = hub.add("model", "me/adapter", {"adapter_config.json": json.dumps(keys)})
+    old, config = base.head, evaluation("me/adapter", "me/tiny")
+    pinned = inputs.pin_hub_names(config)
+    assert pinned.evaluate.base == pinned.evaluate.baseline == f"hub:me/tiny@{old}"
+    records = describe_hub_names(pinned)
+    assert {record.key: (record.name, record.asked) for record in records} == {
+        "evaluate.model": (f"hub:me/adapter@{adapter.head}", "hub:me/adapter"),
+        "evaluate.baseline": (f"hub:me/tiny@{old}", "hub:me/tiny"),
+        "evaluate.base": (f"hub:me/tiny@{old}", "hub:me/tiny"),
+    }
+    base.commit({"config.json": b"{}"})
+    online()
+    assert replace_names(config, find_commits(config, records)) == pinned  # --resume
+    assert inputs.pin_hub_names(pinned) == pinned  # a run of its config.yaml
+    online()
+    assert inputs.pin_hub_names(config).evaluate.base == f"hub:me/tiny@{base.head}"  # a new run
+
+
+def test_adapters_on_two_bases_keep_the_commit_of_each(online, made):
+    hub = online()
+    hub.add("model", "me/big", hub.repositories["model", "me/tiny"].files)
+    heads = {name: hub.repositories["model", name].head for name in ("me/tiny", "me/big")}
+    for name in heads:
+        keys = {"base_model_name_or_path": name}
+        hub.add("model", f"{name}-adapter", {"adapter_config.json": json.dumps(keys), "adapter_model.safetensors": b""})
+    config = evaluation("me/tiny-adapter", "me/big-adapter")
+    pinned = inputs.pin_hub_names(config)
+    assert pinned.evaluate.base == ""
+    records = describe_hub_names(pinned)
+    bases = {record.name for record in records if record.key == "evaluate.base"}
+    assert bases == {f"hub:{name}@{head}" for name, head in heads.items()}
+    for name in heads:
+        hub.repositories["model", name].commit({"config.json": b"{}"})
+    online()
+    commits = find_commits(config, records)
+    keep_base_commits(commits)
+    assert replace_names(config, commits) == pinned
+    folders = [find_model_folder(name) for name in (pinned.evaluate.model, pinned.evaluate.baseline)]
+    assert [folder.base.name for folder in folders] == list(heads.values())
+
+
+def test_a_model_and_a_data_set_of_one_name_are_told_apart(online, made, tmp_path):
+    hub = online()
+    repository = hub.add("model", "me/both", {"config.json": b"{}"})
+    repository.refs["train"] = model = repository.head
+    rows = hub.add("dataset", "me/both", {"train.jsonl": b"{}\n"}).head
+    flags = ("--model", "hub:me/both@train", "--train", "hub:me/both@train", "--validation", "hub:me/both@train")
+    config = load_config(SelectConfig, made / "select.yaml", flags)
+    pinned = inputs.pin_hub_names(config)
+    assert pinned.model.name_or_path == f"hub:me/both@{model}" and pinned.data.train == (f"hub:me/both@{rows}@train",)
+    assert replace_names(config, find_commits(config, describe_hub_names(pinned))) == pinned
 
 
 def test_a_name_that_is_not_there_leaves_no_folder(online, made, tmp_path, capsys):

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bilevel_jax.lm.checkpoint.files import read_json_object
-from bilevel_jax.lm.hub.downloads import find_model_files
-from bilevel_jax.lm.hub.names import parse_model_name
+from bilevel_jax.lm.hub.downloads import CONFIG_FILES, find_model_files
+from bilevel_jax.lm.hub.names import HubName, parse_model_name
 
 ADAPTER_FILE = "adapter_config.json"
 RUN_FOLDERS = ("model", "model-adapter")
@@ -64,25 +64,51 @@ def find_model_folder(path: str | Path, base: str = "") -> ModelFolder:
             f"{path}: no such folder. Give a folder of a model, of an adapter or of a run"
             f"{', or a service as NAME@http://localhost:8000/v1' if '://' not in str(path) else ''}."
         )
-    if not (folder / "config.json").is_file() and not (folder / ADAPTER_FILE).is_file():
-        inside = [folder / name for name in RUN_FOLDERS if (folder / name).is_dir()]
-        if not inside:
-            raise FileNotFoundError(
-                f"{path}: no config.json of a model, no {ADAPTER_FILE}, and no folder model/ of a run. Give a folder "
-                "that has one of them."
-            )
-        folder = inside[0]
+    inside = _find_inside(folder)
+    if inside is None:
+        raise FileNotFoundError(
+            f"{path}: no config.json of a model, no {ADAPTER_FILE}, and no folder model/ of a run. Give a folder "
+            "that has one of them."
+        )
+    folder = inside
     if not (folder / ADAPTER_FILE).is_file():
         return ModelFolder(folder, None)
-    keys = read_json_object(folder / ADAPTER_FILE)
-    name = base or keys.get("base_model_name_or_path") or ""
+    name, hub_name = _name_base(folder, base)
     candidates = [Path(name), *([] if base else [folder / name])] if name else []
-    if not any(candidate.is_dir() for candidate in candidates) and (hub_name := parse_model_name(name)):
-        if not base and keys.get("revision"):
-            hub_name = hub_name.with_commit(keys["revision"])
+    if hub_name is not None:
         candidates = [find_model_files(str(hub_name))]
     found = next((candidate for candidate in candidates if (candidate / "config.json").is_file()), None)
     if found is None:
         named = f"its base is {name!r}, which is no folder of a model here" if name else "it names no base"
         raise ValueError(f"{folder}: an adapter, and {named}. Name the base's folder in evaluate.base.")
     return ModelFolder(found, folder)
+
+
+def find_base_name(path: str | Path) -> str:
+    """What the adapter that a path names says that it stands on: a folder, or a name on the hub with its prefix.
+
+    Empty for a whole model, for what is no model, and for an adapter that names no base. Fetches no weights.
+    """
+    folder = _find_inside(find_model_files(path, CONFIG_FILES))
+    if folder is None or not (folder / ADAPTER_FILE).is_file():
+        return ""
+    name, hub_name = _name_base(folder)
+    return str(hub_name or name)
+
+
+def _find_inside(folder: Path) -> Path | None:
+    """The folder itself where it holds a model or an adapter, or what it holds of a run; None for neither."""
+    if any((folder / name).is_file() for name in CONFIG_FILES):
+        return folder
+    return next((folder / name for name in RUN_FOLDERS if (folder / name).is_dir()), None)
+
+
+def _name_base(folder: Path, base: str = "") -> tuple[str, HubName | None]:
+    """(the base of an adapter as it is named, its name on the hub where that is no folder here)."""
+    keys = read_json_object(folder / ADAPTER_FILE)
+    name = base or keys.get("base_model_name_or_path") or ""
+    is_here = name and (Path(name).is_dir() or (not base and (folder / name).is_dir()))
+    hub_name = None if is_here else parse_model_name(name)
+    if hub_name is not None and not base and keys.get("revision"):
+        hub_name = hub_name.with_commit(keys["revision"])
+    return name, hub_name

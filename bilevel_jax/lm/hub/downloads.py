@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,21 +69,57 @@ def find_dataset_file(name: HubName) -> Path:
 def resolve_commit(name: HubName) -> str:
     """The commit hash that the revision of a name means: asked once, so that all of a process reads one commit.
 
-    Offline it is the one that the cache knows by the revision.
+    Offline it is the one that the cache knows by the revision, and also, with a warning, where the hub does not answer.
     """
     if name.is_pinned:
         return name.revision
     key = (name.kind, name.repo, name.revision)
     if key not in _commits:
-        import huggingface_hub
-
-        files = CONFIG_FILES if name.kind == "model" else ("README.md",)
         with explain_errors(name), quiet_unless_watched():
-            folder = huggingface_hub.snapshot_download(
-                name.repo, repo_type=name.kind, revision=name.revision or None, allow_patterns=list(files)
-            )
-        _commits[key] = Path(folder).name
+            _commits[key] = _ask_commit(name)
     return _commits[key]
+
+
+def keep_commit(name: HubName, commit: str) -> None:
+    """Have the revision of a name mean a commit in this process."""
+    _commits[name.kind, name.repo, name.revision] = commit
+
+
+def _ask_commit(name: HubName) -> str:
+    """What the hub says, or, where it cannot be asked, the cache."""
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
+
+    def find_cached(is_offline: bool) -> str:
+        """The commit in the cache's folder of a revision, which is brought there unless `is_offline`."""
+        files = CONFIG_FILES if name.kind == "model" else ("README.md",)
+        folder = snapshot_download(
+            name.repo, repo_type=name.kind, revision=revision, allow_patterns=list(files), local_files_only=is_offline
+        )
+        return Path(folder).name
+
+    revision = name.revision or None
+    if constants.HF_HUB_OFFLINE:
+        return find_cached(is_offline=True)
+    try:
+        info = HfApi().repo_info(
+            name.repo, repo_type=name.kind, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
+    except errors.RevisionNotFoundError:
+        raise
+    except Exception as error:
+        try:
+            commit = find_cached(is_offline=True)
+        except OSError:
+            raise error from None  # the hub's answer says more than that nothing is here
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = f"status {status}" if status else type(error).__name__
+        warnings.warn(
+            f"{name}: the hub did not answer ({reason}); the cache's commit {commit} is read, which may be an old one.",
+            stacklevel=2,
+        )
+        return commit
+    find_cached(is_offline=False)  # so that the cache knows the revision when the hub cannot be asked
+    return str(info.sha)
 
 
 NOISY_LOGGERS = (

@@ -1234,7 +1234,7 @@ class EvaluateSection:
     """Second model, given as the first, which the first is compared with; empty: none."""
 
     base: str = ""
-    """Folder of the base of adapters; empty: the one that their adapter_config.json names."""
+    """Folder of the base of adapters, or its name on the hub; empty: what their adapter_config.json names."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the parameters and of what models in this process compute; bfloat16 halves the memory."""

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bilevel_jax.lm.checkpoint.folders import find_model_folder
-from bilevel_jax.runs.config.hub_names import HubRecord, describe_hub_names, find_commits, replace_names
+from bilevel_jax.runs.config.hub_names import (
+    HubRecord,
+    describe_hub_names,
+    find_commits,
+    keep_base_commits,
+    replace_names,
+)
 from bilevel_jax.runs.config.rules import flatten_config, is_evaluation, names_function
 from bilevel_jax.runs.infra import distributed, run_dir, seals
 from bilevel_jax.storage import copies, urls
@@ -158,8 +164,11 @@ def pin_hub_names(config: ConfigT) -> ConfigT:
     """
     output: Any = getattr(config, "output", None)
     records = _read_resumed_records(output.dir) if output is not None and output.resume else []
-    commits = distributed.share_text("the names on the hub", lambda: json.dumps(find_commits(config, records)))
-    return replace_names(config, json.loads(commits))
+    commits = json.loads(
+        distributed.share_text("the names on the hub", lambda: json.dumps(find_commits(config, records)))
+    )
+    keep_base_commits(commits)
+    return replace_names(config, commits)
 
 
 def _read_resumed_records(folder: str) -> list[HubRecord]:

@@ -482,8 +482,6 @@ def start_session(config: Any, folder: Path) -> Iterator[Session]:
     ) as run_session:
         for record in inputs.read_hub_records(folder):
             run_session.print_line(f"{record.key}: {record.asked} is read as {record.name}")
-            if not output.resume:
-                run_session.log.write({"event": "hub", "step": 0, **record._asdict()})
         yield run_session
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import threading
+import time
 import urllib.parse
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -53,7 +54,7 @@ class HubServer:
     def __init__(self):
         self.repositories, self.requests, self.uploads, self.lock = {}, [], {}, threading.Lock()
         self.fail_with = None
-        """(part of a path, status): requests to such a path are answered with it."""
+        """(part of a path, status): requests to such a path are answered with it; status 0: not, for half a second."""
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -115,6 +116,10 @@ class HubServer:
         path, _, query = request.path.partition("?")
         path = urllib.parse.unquote(path)
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if self.fail_with and self.fail_with[0] in path and not self.fail_with[1]:
+            time.sleep(0.5)
+            request.close_connection = True
+            return None
         with self.lock:
             self.requests.append((request.command, path, token))
             if self.fail_with and self.fail_with[0] in path:

@@ -284,6 +284,24 @@ def test_a_token_reads_what_is_private_and_is_never_shown(online, model_files):
     assert not any("hf_a" in text for text in seen)
 
 
+@pytest.mark.parametrize(("status", "reason"), [(503, "status 503"), (404, "status 404"), (0, "ReadTimeout")])
+def test_an_old_commit_of_the_cache_is_read_with_a_warning_alone(online, monkeypatch, recwarn, status, reason):
+    hub = online()
+    repository = hub.add("model", "me/tiny", {"config.json": b"{}"})
+    name, old = parse_model_name("me/tiny"), repository.head
+    assert resolve_commit(name) == old and not recwarn
+    repository.commit({"config.json": b"{ }"})
+    online()
+    hub.fail_with = ("/api/", status)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 10 if status else 0.1)
+    with pytest.warns(UserWarning, match=rf"me/tiny: the hub did not answer \({reason}\); the cache's commit {old} is"):
+        assert resolve_commit(name) == old
+    online()
+    hub.fail_with = None
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 10)
+    assert resolve_commit(name) == repository.head != old
+
+
 @pytest.mark.parametrize(("status", "text"), [(429, "too many requests"), (418, "status 418")])
 def test_a_hub_in_trouble_is_told(online, status, text):
     hub = online()
