@@ -15,8 +15,10 @@ from bilevel_jax.runs.infra import distributed, seals
 from bilevel_jax.runs.infra.run_dir import disk_full_error, fsync_path
 from bilevel_jax.storage import copies
 
-NO_MEASUREMENTS = {"event", "step", "part", "work", "seconds", "first", "kept"}
-"""Keys of a record of the log that are no measurement."""
+NO_MEASUREMENTS = {
+    "event", "step", "part", "work", "seconds", "first", "kept", "steps", "batches", "reliability_draw",
+}  # fmt: skip
+"""Keys of a record of the log that are no measurement, or stand in it under a plainer name, too."""
 NAMES = {"losses": "training loss", "rates": "learning rate", "ess": "effective sample size", "auc": "AUC of labels"}
 """What the other keys are called where they are shown."""
 
