@@ -20,6 +20,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from tests.s3_server import s3, s3_server  # noqa: E402, F401
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 FAST = (

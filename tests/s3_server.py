@@ -35,9 +35,10 @@ class FaultyServer:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         body = f"<Error><Code>{answer[1]}</Code><Message>as the test wants</Message></Error>".encode()
         start_response(
-            f"{answer[0]} refused", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))]
+            f"{answer[0]} refused",
+            [("Content-Type", "application/xml"), ("Content-Length", str(0 if method == "HEAD" else len(body)))],
         )
-        return [body]
+        return [] if method == "HEAD" else [body]
 
 
 class S3:

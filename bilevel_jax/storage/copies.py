@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel_jax.storage import lease, urls
-from bilevel_jax.storage.objects import open_store
+from bilevel_jax.storage.objects import ObjectStore, open_store
 
 JOURNAL_SECONDS = 10.0
 """Seconds after which a line of a journal is on the server, at most."""
@@ -40,7 +40,7 @@ class WorkingCopy:
     """
 
     def __init__(self, url: str):
-        self.url, self.store = url.rstrip("/"), open_store(url.rstrip("/"))
+        self.url, self.store = url.rstrip("/"), ObjectStore(url)
         self.root = make_local_folder(self.url)
         self._lease: lease.Lease | None = None
         self._journals: set[Path] = set()
@@ -265,6 +265,7 @@ def publish_new_folder(folder: Path, url: str, last: str) -> None:
 def forget_copies() -> None:
     """Have `local_path` make its copies anew: what lies at a URL may be another file by now."""
     _fetched.clear()
+    open_store.cache_clear()  # a server that was away may be there again
 
 
 def _fetch(url: str) -> Path:

@@ -257,7 +257,7 @@ def _status_of(error: BaseException) -> int:
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
-    for name in ("code", "status"):
+    for name in ("status", "code"):  # `code` of aiohttp is deprecated
         value = getattr(error, name, None)
         if isinstance(value, int | str) and str(value).isdigit() and 100 <= int(value) < 600:
             return int(value)

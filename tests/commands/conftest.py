@@ -1,4 +1,3 @@
-"""The fixtures of the tiny task and of the S3 server."""
+"""The fixtures of the tiny task."""
 
-from tests.s3_server import s3, s3_server  # noqa: F401
 from tests.tiny_task import made, stop_at  # noqa: F401
