@@ -71,11 +71,11 @@ class WorkingCopy:
         """The names in the folder on the server, but for those of the lock."""
         return [name for name in self.store.list_names() if not lease.LOCK_NAME.fullmatch(name)]
 
-    def download(self, find_unfinished: Callable[[Iterable[str]], set[str]]) -> None:
-        """Make the folder hold what the server has; what has not been finished is removed there."""
+    def download(self, owner: lease.Lease, find_unfinished: Callable[[Iterable[str]], set[str]]) -> None:
+        """Make the folder hold what the server has; what has not been finished is removed there, by its owner."""
         names = {name for name in self.store.list_all() if not lease.LOCK_NAME.fullmatch(name)}
         unfinished = find_unfinished(names)
-        self.store.remove(unfinished)
+        self.store.remove(unfinished, owner.check)
         self.store.download_all({name: self.root / name for name in names - unfinished})
 
     def publish(self, path: Path) -> None:
@@ -90,12 +90,10 @@ class WorkingCopy:
         files = {f"{name}/{path.relative_to(folder).as_posix()}": path for path in folder.rglob("*") if path.is_file()}
         final = files.pop(f"{name}/{last}", None) if last else None
         self.publish_journals()
-        self._check()
-        self.store.upload_all(files)
-        self._check()
+        self.store.upload_all(files, self._check)
         if final is not None:
-            self.store.upload(final, f"{name}/{last}")
-        self.store.remove(set(self.store.list_all(name)) - {*files, f"{name}/{last}"})
+            self.store.upload(final, f"{name}/{last}", self._check)
+        self.store.remove(set(self.store.list_all(name)) - {*files, f"{name}/{last}"}, self._check)
 
     def publish_later(self, journal: Path) -> None:
         """Have the server hold a journal within JOURNAL_SECONDS, and before any other file that is published."""
@@ -122,28 +120,25 @@ class WorkingCopy:
             with self._journals_lock:
                 self._journals.discard(path)
             self.publish_journals()
-            self._check()
-            self.store.remove([self._name(path)])
+            self.store.remove([self._name(path)], self._check)
 
     def remove_folder(self, folder: Path, first: str = "") -> None:
         """Remove a folder from the server; the file `first`, without which it does not count, before the others."""
         with self._journals_lock:
             self._journals = {journal for journal in self._journals if not journal.is_relative_to(folder)}
         self.publish_journals()
-        self._check()
         names = list(self.store.list_all(self._name(folder)))
         head = [name for name in names if first and name.rpartition("/")[2] == first]
-        self.store.remove(head)
-        self.store.remove(set(names) - set(head))
+        self.store.remove(head, self._check)
+        self.store.remove(set(names) - set(head), self._check)
 
     def remove_all(self) -> None:
         """Remove the folder from the server, the lock aside."""
-        self._check()
-        self.store.remove(name for name in self.store.list_all() if not lease.LOCK_NAME.fullmatch(name))
+        names = [name for name in self.store.list_all() if not lease.LOCK_NAME.fullmatch(name)]
+        self.store.remove(names, self._check)
 
     def _upload(self, path: Path) -> None:
-        self._check()
-        self.store.upload(path, self._name(path))
+        self.store.upload(path, self._name(path), self._check)
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()

@@ -43,11 +43,18 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise LeaseLostError where another process may have taken the folder over; called before each write."""
+        """Raise LeaseLostError where another process may have taken the folder over; called before each try of a write.
+
+        Whose last renewal is older than half of LEASE_SECONDS (the server was away, or this machine asleep) renews it
+        first, and writes only when that went through in time.
+        """
+        while self._is_old():
+            self._renew(only_old=True)
         if self._lost is not None:
             raise self._lost
-        if time.monotonic() - self._renewed > LEASE_SECONDS / 2:  # the server was away, or this machine asleep
-            self._renew()
+
+    def _is_old(self) -> bool:
+        return self._lost is None and time.monotonic() - self._renewed > LEASE_SECONDS / 2
 
     def release(self) -> None:
         """Let the next process have the folder."""
@@ -57,18 +64,24 @@ class Lease:
             if self._lost is None:
                 self._store.write(_lock_name(self._number), _format_lock(self._token, is_free=True))
 
-    def _renew(self) -> None:
+    def _renew(self, *, only_old: bool = False) -> None:
         with self._lock:
-            if _last_number(self._store) != self._number:
-                self._lost = LeaseLostError(
-                    f"{self._store.url} was taken over by another process, as this one was silent for more than "
-                    f"{LEASE_SECONDS:g} s. Let that one go on."
-                )
-                raise self._lost
+            if only_old and not self._is_old():  # another thread has renewed it
+                return
+            self._look()
             self._renewals += 1
             asked = time.monotonic()
             self._store.write(_lock_name(self._number), _format_lock(self._token, self._renewals))
+            self._look()  # another process may have come before the write, which may have been tried for minutes
             self._renewed = asked
+
+    def _look(self) -> None:
+        if _last_number(self._store) != self._number:
+            self._lost = LeaseLostError(
+                f"{self._store.url} was taken over by another process, as this one was silent for more than "
+                f"{LEASE_SECONDS:g} s. Let that one go on."
+            )
+            raise self._lost
 
     def _renew_often(self) -> None:
         while not self._ended.wait(RENEW_SECONDS):

@@ -4,6 +4,7 @@ import errno
 import functools
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,8 @@ from typing import TypeVar
 from bilevel_jax.storage import urls
 
 ResultT = TypeVar("ResultT")
+Check = Callable[[], None]
+"""Raises where this process may write no more; it is called before every try of a write, however long it waited."""
 RETRY_SECONDS = 300.0
 """Seconds after which a request that the server keeps refusing is given up."""
 FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS = 0.5, 30.0
@@ -23,7 +26,24 @@ THROTTLING_CODES = {
     "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "RequestTimeout",
     "ServiceUnavailable", "InternalError", "ConditionalRequestConflict", "OperationAborted", "503", "500", "429",
 }  # fmt: skip
+LIBRARIES = {"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs", "urllib3"}
+"""Whose errors, beside OSError, are a server's answer; any other, such as a signal handler's, is its caller's."""
+LOCAL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
+"""What a full disk of this machine says; no server does."""
 FINAL_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+_is_stopping = threading.Event()
+
+
+def stop_trying() -> None:
+    """Have each request be made once, and waits for another try end: the program is to end at once."""
+    _is_stopping.set()
+
+
+def try_again() -> None:
+    """Undo `stop_trying`."""
+    _is_stopping.clear()
 
 
 class StorageError(OSError):
@@ -138,13 +158,13 @@ class ObjectStore:
 
         return self._try("listed", folder, list_names)
 
-    def upload(self, file: Path, name: str) -> None:
+    def upload(self, file: Path, name: str, check: Check | None = None) -> None:
         """Write an object that holds what a file of this machine holds."""
-        self._try("written", name, lambda: self._filesystem.put_file(str(file), self._path(name)))
+        self._try("written", name, lambda: self._filesystem.put_file(str(file), self._path(name)), check)
 
-    def upload_all(self, files: dict[str, Path]) -> None:
+    def upload_all(self, files: dict[str, Path], check: Check | None = None) -> None:
         """As `upload` for name -> file, several at once."""
-        _run_parallel(lambda name: self.upload(files[name], name), files)
+        _run_parallel(lambda name: self.upload(files[name], name, check), files)
 
     def download(self, name: str, file: Path) -> None:
         """Write a file of this machine that holds what an object holds; whole or not at all."""
@@ -160,7 +180,7 @@ class ObjectStore:
         """As `download` for name -> file, several at once."""
         _run_parallel(lambda name: self.download(name, files[name]), files)
 
-    def remove(self, names: Iterable[str]) -> None:
+    def remove(self, names: Iterable[str], check: Check | None = None) -> None:
         """Remove objects; one that is not there is no error."""
 
         def remove(name: str) -> None:
@@ -169,13 +189,15 @@ class ObjectStore:
             except FileNotFoundError:
                 pass
 
-        _run_parallel(lambda name: self._try("removed", name, lambda: remove(name)), list(names))
+        _run_parallel(lambda name: self._try("removed", name, lambda: remove(name), check), list(names))
 
-    def _try(self, done: str, name: str, request: Callable[[], ResultT]) -> ResultT:
+    def _try(self, done: str, name: str, request: Callable[[], ResultT], check: Check | None = None) -> ResultT:
         """What a request returns; it is made again while the server is busy or cannot be reached."""
         start, wait, tries = time.monotonic(), FIRST_WAIT_SECONDS, 0
         while True:
             tries += 1
+            if check is not None:
+                check()
             try:
                 answer = request()
                 self._is_away = False
@@ -187,6 +209,8 @@ class ObjectStore:
                     f"{self.url_of(name)} could not be {done}: {_describe(error)}. Make the bucket, or name another."
                 ) from error
             except Exception as error:
+                if not _is_answer(error):
+                    raise
                 elapsed = time.monotonic() - start
                 if not is_transient(error):
                     raise StorageError(
@@ -194,14 +218,14 @@ class ObjectStore:
                         f"intact. Look at the permissions of the bucket, and at {urls.credentials_hint(self.url)}; "
                         "a run goes on with --resume."
                     ) from error
-                if elapsed + wait > RETRY_SECONDS or self._is_away:
+                if elapsed + wait > RETRY_SECONDS or self._is_away or _is_stopping.is_set():
                     self._is_away = True
                     count = f"{tries} {'try' if tries == 1 else 'tries'}"
                     raise StorageError(
                         f"{self.url_of(name)} could not be {done}: {_describe(error)}, in {count} within "
                         f"{elapsed:.0f} s. What was written before is intact; a run goes on with --resume."
                     ) from error
-            time.sleep(random.uniform(0, wait))
+            _is_stopping.wait(random.uniform(0, wait))
             wait = min(2 * wait, MAX_WAIT_SECONDS)
 
 
@@ -212,11 +236,22 @@ def _run_parallel(work: Callable[[str], None], names: Iterable[str]) -> None:
             work(name)
         return
     with ThreadPoolExecutor(PARALLEL_TRANSFERS, thread_name_prefix="objects") as pool:
-        for done in [pool.submit(work, name) for name in names]:
-            done.result()
+        try:
+            for done in [pool.submit(work, name) for name in names]:
+                done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # those that are not begun; the others are waited for
+            raise
 
 
 # ---- what a server answered
+
+
+def _is_answer(error: Exception) -> bool:
+    """Whether an error is what a server or its library said, and not of this program or of this machine's disk."""
+    if isinstance(error, OSError):
+        return error.errno not in LOCAL_ERRORS
+    return any(kind.__module__.partition(".")[0] in LIBRARIES for kind in type(error).__mro__)
 
 
 def is_transient(error: BaseException) -> bool:

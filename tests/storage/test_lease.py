@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from bilevel_jax.storage import lease
+from bilevel_jax.storage import lease, objects
 from bilevel_jax.storage.objects import ObjectStore
-from tests.s3_server import be_quick
+from tests.s3_server import SLOW_DOWN, be_quick
 
 
 @pytest.fixture(params=["memory", "s3"])
@@ -67,6 +67,71 @@ def test_one_who_was_silent_for_too_long_stops_before_it_writes(store, monkeypat
             own.check()
     holder = json.loads(store.read(lease._lock_name(own._number + 1)))
     assert holder["token"] == "theirs" and not holder["is_free"]  # what it holds is not given back by the first
+
+
+def test_a_write_that_is_tried_again_after_another_took_over_is_not_made(s3, tmp_path):
+    store, puts = ObjectStore("s3://bucket/run"), []
+    (tmp_path / "x").write_bytes(b"stale")
+
+    def refuse(method, path, _):
+        if method == "PUT" and path.endswith("/run/x"):
+            puts.append(path)
+            return SLOW_DOWN
+        return None
+
+    with lease.hold(store) as own:
+
+        def check():
+            if puts:  # while the first try waits to be made again, another takes over
+                write_lock(store, own._number + 1, token="theirs")
+                own._renewed -= lease.LEASE_SECONDS
+            own.check()
+
+        s3.app.refuse = refuse
+        with pytest.raises(lease.LeaseLostError):
+            store.upload(tmp_path / "x", "x", check)
+    assert len(puts) == 1 and not store.exists("x")
+
+
+def test_every_file_of_a_folder_is_written_under_the_lease(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(objects, "PARALLEL_TRANSFERS", 1)
+    files = {f"part/{number}": tmp_path / str(number) for number in range(5)}
+    for file in files.values():
+        file.write_bytes(b"stale")
+    upload, done = store._filesystem.put_file, []
+    with lease.hold(store) as own:
+
+        def put_file(*rest, **more):
+            upload(*rest, **more)
+            done.append(rest)
+            if len(done) == 2:
+                write_lock(store, own._number + 1, token="theirs")
+                own._renewed -= lease.LEASE_SECONDS
+
+        monkeypatch.setattr(store._filesystem, "put_file", put_file)
+        with pytest.raises(lease.LeaseLostError):
+            store.upload_all(files, own.check)
+    assert len(done) == 2
+
+
+def test_a_renewal_that_another_came_before_is_none(store, monkeypatch):
+    write = ObjectStore.write
+    with lease.hold(store) as own:
+        own._ended.set()  # the renewal of this test is the only one
+        own._thread.join()
+
+        def write_late(self, name, data):
+            write_lock_by(write, self, own._number + 1)
+            write(self, name, data)
+
+        monkeypatch.setattr(ObjectStore, "write", write_late)
+        own._renewed -= lease.LEASE_SECONDS
+        with pytest.raises(lease.LeaseLostError):
+            own.check()
+
+
+def write_lock_by(write, store, number):
+    write(store, lease._lock_name(number), lease._format_lock("theirs"))
 
 
 def test_of_two_that_come_at_once_one_wins(store, monkeypatch):

@@ -1,5 +1,7 @@
 """Objects on a server that is busy, fails, refuses or vanishes."""
 
+import errno
+import os
 import re
 
 import pytest
@@ -124,6 +126,48 @@ def test_a_download_that_breaks_off_leaves_nothing(s3, tmp_path, monkeypatch):
     with pytest.raises(StorageError):
         ObjectStore("s3://bucket/run").download("x", tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+class Stopped(Exception):
+    """As the handler of a signal raises it, in the middle of a request."""
+
+
+@pytest.mark.parametrize(
+    "error", [Stopped("SIGTERM"), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))], ids=["signal", "full disk"]
+)
+def test_what_is_no_answer_of_a_server_is_not_told_as_one(error, monkeypatch):
+    store = ObjectStore("memory://objects/run")
+
+    def stop(*_, **__):
+        raise error
+
+    monkeypatch.setattr(store._filesystem, "cat_file", stop)
+    with pytest.raises(type(error)) as raised:
+        store.read("x")
+    assert raised.value is error
+
+
+def test_a_program_that_is_to_end_at_once_waits_for_no_server(s3, monkeypatch, tmp_path):
+    """Eight files wait for a busy server; a second signal comes."""
+    monkeypatch.setattr(objects, "RETRY_SECONDS", 1e3)
+    monkeypatch.setattr(objects, "FIRST_WAIT_SECONDS", 1e2)
+    monkeypatch.setattr(objects, "MAX_WAIT_SECONDS", 1e2)
+    asked = []
+
+    def refuse(method, path, _):
+        asked.append(path)
+        if len(asked) == objects.PARALLEL_TRANSFERS:
+            objects.stop_trying()
+        return SLOW_DOWN
+
+    s3.app.refuse = refuse
+    (tmp_path / "x").write_bytes(b"")
+    try:
+        with pytest.raises(StorageError, match="503 SlowDown"):
+            ObjectStore("s3://bucket/run").upload_all({str(number): tmp_path / "x" for number in range(100)})
+    finally:
+        objects.try_again()
+    assert len(asked) < 100 // 2
 
 
 class Refused(Exception):

@@ -20,7 +20,7 @@ from bilevel_jax.runs.infra import distributed, identity, inputs, run_dir, seals
 from bilevel_jax.runs.infra.journal import JsonLog, list_numbers
 from bilevel_jax.runs.infra.progress import PROGRESS_FILE, ProgressFile, make_progress_bar
 from bilevel_jax.runs.terminal import make_console
-from bilevel_jax.storage import copies, lease, urls
+from bilevel_jax.storage import copies, lease, objects, urls
 from bilevel_jax.storage.objects import StorageError
 
 SYNC_SECONDS = 1.0
@@ -200,6 +200,7 @@ class Session:
     def handle_signal(self, number: int, frame: Any) -> None:
         """The signal handler: finish the step, save, then raise `Interrupted`. A second signal stops at once."""
         if self._received_signal:
+            objects.stop_trying()
             raise KeyboardInterrupt
         self._received_signal = number
         self.print_line(f"{signal.Signals(number).name}: finishing the step, then saving")
@@ -403,10 +404,10 @@ def _claim_url(copy: copies.WorkingCopy, resume: bool, stack: contextlib.ExitSta
     console = make_console(stderr=True)
     owner = stack.enter_context(lease.hold(copy.store, lambda text: _print_line(console, text)))
     run_dir.check_run_names(copy.url, copy.list_names(), resume)  # again: the one who held it may have written
-    if resume:
-        copy.download(run_dir.find_unfinished)
-    copy.open(owner)
     stack.callback(copy.close)
+    if resume:
+        copy.download(owner, run_dir.find_unfinished)
+    copy.open(owner)
 
 
 @contextlib.contextmanager
@@ -416,12 +417,14 @@ def _catch_signals_at_start() -> Iterator[None]:
     def handle_signal(number: int, frame: Any) -> None:
         global _start_signal
         if _start_signal:
+            objects.stop_trying()
             raise KeyboardInterrupt
         _start_signal = number  # a library may pass over the exception: the session asks, too
         raise Interrupted(number)
 
     global _start_signal
     _start_signal = 0
+    objects.try_again()
     with _signal_handler(handle_signal):
         try:
             yield
