@@ -9,6 +9,7 @@ import pytest
 
 from bilevel_jax.cli import main
 from bilevel_jax.commands.export.card import describe_measurements
+from bilevel_jax.commands.export.push import list_model_files
 from bilevel_jax.commands.results import read_run
 from bilevel_jax.commands.select.run import select
 from bilevel_jax.lm.checkpoint.folders import find_model_folder
@@ -17,6 +18,7 @@ from bilevel_jax.lm.models import load_peft, read_config
 from bilevel_jax.runs.config.hub_names import describe_hub_names, find_commits, keep_base_commits, replace_names
 from bilevel_jax.runs.config.load import EvaluateConfig, SelectConfig, load_config
 from bilevel_jax.runs.infra import inputs
+from bilevel_jax.runs.infra.seals import DamagedFileError
 from tests.lm.hub.hub_server import TOKEN, HubServer, connect
 
 NAMES = ("--model", "me/tiny", "--train", "hub:me/rows@main@train", "--validation", "hub:me/rows@validation")
@@ -239,12 +241,12 @@ def test_an_export_is_pushed_and_read_back(online, made, tmp_path, capsys):
     commit = hub.repositories["dataset", "me/rows"].head
     assert run(made, "train", out, *FEW_STEPS, "--lora.r", "2") == 0
     flags = ("--selection.top-share", "0.5", "--push-to-hub", "me/kept", "--export.push-model-to-hub", "me/tuned")
-    assert main(["export", str(out), "--out", str(tmp_path / "kept"), *flags, "--private"]) == 0
+    assert main(["export", str(out), "--out", str(tmp_path / "kept"), *flags]) == 0
     said = capsys.readouterr().out
     kept, tuned = hub.repositories["dataset", "me/kept"], hub.repositories["model", "me/tuned"]
     assert kept.private and tuned.private
-    assert f"pushed the data set me/kept, commit {kept.head}: {hub.url}/datasets/me/kept" in said
-    assert f"pushed the model me/tuned, commit {tuned.head}: {hub.url}/me/tuned" in said
+    assert f"pushed the data set me/kept, commit {kept.head} (private): {hub.url}/datasets/me/kept" in said
+    assert f"pushed the model me/tuned, commit {tuned.head} (private): {hub.url}/me/tuned" in said
     # by others' programs, and as training data again
     rows = read_back("me/kept", revision=kept.head)
     local = [json.loads(line) for line in (tmp_path / "kept" / "train.jsonl").read_text().splitlines()]
@@ -268,6 +270,15 @@ def test_an_export_is_pushed_and_read_back(online, made, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "README.md, which no export" in error and f"whole in {tmp_path / 'again'}" in error
     assert kept.files["README.md"] == b"my own words"
+    # a model with other files than the run wrote is not pushed
+    (out / "model-adapter" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds notes.txt, which the run did not write"):
+        list_model_files(out / "model-adapter")
+    (out / "model-adapter" / "notes.txt").unlink()
+    assert list_model_files(out / "model-adapter") == ["adapter_config.json", "adapter_model.safetensors"]
+    (out / "model-adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(DamagedFileError, match=r"adapter_model.safetensors"):
+        list_model_files(out / "model-adapter")
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")

@@ -1,9 +1,10 @@
 """An export, or the model of a run, pushed to a repository on the hub."""
 
+import hashlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -21,9 +22,11 @@ from bilevel_jax.lm.checkpoint.files import read_json_object
 from bilevel_jax.lm.checkpoint.folders import ADAPTER_FILE
 from bilevel_jax.lm.hub.names import HubName
 from bilevel_jax.lm.hub.uploads import check_login, check_repository_name, push_files
+from bilevel_jax.runs.config.load import ExportConfig
 from bilevel_jax.runs.config.local_paths import hide_local_paths
 from bilevel_jax.runs.config.schema import ExportSection
 from bilevel_jax.runs.infra import seals
+from bilevel_jax.storage import copies, urls
 
 CARD_FILE = "README.md"
 
@@ -56,19 +59,49 @@ def find_pushed_model(run: Path) -> Path:
     raise FileNotFoundError(f"{run}: no model of a finished run to push. Finish it with --resume.")
 
 
-def push_export(folder: Path, settings: ExportSection) -> str:
+def push_export(folder: Path, config: ExportConfig, run: Path | None) -> str:
     """Push what was exported into a folder; where it is, in a sentence."""
-    return _push("dataset", settings.push_to_hub, {path: folder / path for path in _list_files(folder)}, settings)
+    files = {path: folder / path for path in _list_files(folder)}
+    source = {"what": "examples", **_describe_source(config, run)}
+    return _push("dataset", config.export.push_to_hub, files, source, config.export)
 
 
-def push_model(run: Path, settings: ExportSection, command: str) -> str:
+def push_model(run: Path, config: ExportConfig, command: str) -> str:
     """Push a run's model with a card; where it is, in a sentence. Raises seals.DamagedFileError for another model."""
     folder = find_pushed_model(run)
-    for path in _list_files(folder):
-        seals.check(folder / path)
-    card = format_model_card(run, folder, settings.push_model_to_hub, command)
-    files = {path: folder / path for path in _list_files(folder)}
-    return _push("model", settings.push_model_to_hub, {**files, CARD_FILE: card.encode()}, settings)
+    files: dict[str, Path | bytes] = {path: folder / path for path in list_model_files(folder)}
+    card = format_model_card(run, folder, config.export.push_model_to_hub, command)
+    source = {"what": "adapter" if (folder / ADAPTER_FILE).is_file() else "model", **_describe_source(config, run)}
+    return _push("model", config.export.push_model_to_hub, {**files, CARD_FILE: card.encode()}, source, config.export)
+
+
+def list_model_files(folder: Path) -> list[str]:
+    """The files of a run's model, relative to its folder: all that the run wrote, whole, and no others.
+
+    Raises seals.DamagedFileError for one that is missing or changed, ValueError for one that the run did not write.
+    """
+    seals.check(folder)
+    place = seals.find_run(folder)
+    prefix = f"{place.name}/" if place is not None else ""
+    written = [name.removeprefix(prefix) for name in place.names if name.startswith(prefix)] if place else []
+    if not written:
+        raise ValueError(f"{folder}: no run says what it wrote there, so nobody can tell whether the model is whole.")
+    if others := sorted({*_list_files(folder)} - {*written}):
+        raise ValueError(
+            f"{folder} holds {', '.join(others[:5])}{' and more' if len(others) > 5 else ''}, which the run did not "
+            "write, so it is not pushed as the run's model. Move it elsewhere."
+        )
+    return sorted(written)
+
+
+def _describe_source(config: ExportConfig, run: Path | None) -> dict[str, str]:
+    """What rows or a model are made from: a run, or data with weights."""
+    if run is None:
+        text = repr((config.data, config.weights))  # has paths of this machine
+        return {"config hash": hashlib.sha256(text.encode()).hexdigest()[:12]}
+    shown = copies.show(str(run))
+    name = (Path(shown) if urls.is_url(shown) else run.resolve()).name
+    return {"run": name, "config hash": read_run_result(run).get("config_hash", "")}
 
 
 def format_model_card(run: Path, folder: Path, repository: str, command: str) -> str:
@@ -108,19 +141,26 @@ def format_model_card(run: Path, folder: Path, repository: str, command: str) ->
     return hide_local_paths("\n\n".join(parts) + "\n", config)
 
 
-def _push(kind: str, repository: str, files: Mapping[str, Path | bytes], settings: ExportSection) -> str:
+def _push(
+    kind: Literal["model", "dataset"],
+    repository: str,
+    files: Mapping[str, Path | bytes],
+    source: Mapping[str, str],
+    settings: ExportSection,
+) -> str:
     version = sys.modules["bilevel_jax"].__version__  # of the code that runs, also where it is not installed
     pushed = push_files(
-        "dataset" if kind == "dataset" else "model",
+        kind,
         repository,
         files,
         made_by=f"bilevel-jax {version} export",
+        source=source,
         message=f"bilevel-jax {version} export",
         private=settings.private,
         replace=settings.replace,
     )
-    what = "data set" if kind == "dataset" else "model"
-    return f"pushed the {what} {pushed.name.repo}, commit {pushed.name.revision}: {pushed.url}"
+    seen_by = "private" if pushed.is_private else "public"
+    return f"pushed the {pushed.name.noun} {pushed.name.repo}, commit {pushed.name.revision} ({seen_by}): {pushed.url}"
 
 
 def _list_files(folder: Path) -> list[str]:

@@ -120,9 +120,9 @@ def _push(config: ExportConfig, run: Path | None, folder: Path, command: str) ->
     pushed = []
     try:
         if config.export.push_to_hub:
-            pushed.append(push_export(folder, config.export))
+            pushed.append(push_export(folder, config, run))
         if config.export.push_model_to_hub and run:
-            pushed.append(push_model(run, config.export, command))
+            pushed.append(push_model(run, config, command))
     except (OSError, ValueError) as error:
         done = f"; {pushed[0]}" if pushed else ""
         raise type(error)(f"{error} The export is whole in {folder}{done}: try again with another --out.") from None

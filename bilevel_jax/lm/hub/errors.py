@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,7 +35,19 @@ def explain_errors(name: HubName, *, is_push: bool = False) -> Iterator[None]:
         is_of_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
         if type(error).__module__.startswith("bilevel_jax") or _is_explained(error) or is_of_disk:
             raise
-        raise mark_explained(_find_error(name, error, is_push)) from None
+        found = _find_error(name, error, is_push)
+        raise mark_explained(type(found)(redact(str(found)))) from None
+
+
+def redact(text: str) -> str:
+    """A text without what a URL or a header in it may hold of secrets: the token, names and passwords, queries."""
+    from huggingface_hub import get_token
+
+    if token := get_token():
+        text = text.replace(token, "***")
+    text = re.sub(r"(?i)(bearer) +[^\s'\"]+", r"\1 ***", text)
+    text = re.sub(r"(?<=://)[^/\s'\"?#]*@", "", text)
+    return re.sub(r"(://[^\s'\"<>?]*)\?[^\s'\"<>]*", r"\1?***", text)
 
 
 def _is_explained(error: Exception) -> bool:
@@ -116,7 +129,7 @@ def _find_error(name: HubName, error: Exception, is_push: bool) -> Exception:
             f"{name}: not in the cache ({_cache_folder()}){_describe_path(name)}, and the hub at {_endpoint()} cannot "
             "be reached. Look at the network and HF_ENDPOINT, or fetch it where there is one and copy the cache."
         )
-    text = " ".join(str(error).split())[:300].rstrip(".")
+    text = redact(" ".join(str(error).split()))[:300].rstrip(".")  # before the cut, which may leave half a secret
     action = "pushed" if is_push else "read"
     return ValueError(f"{name}: the {name.noun} cannot be {action} ({type(error).__name__}: {text}).")
 
@@ -136,7 +149,7 @@ def repository_url(name: HubName) -> str:
 def _endpoint() -> str:
     from huggingface_hub import constants
 
-    return constants.ENDPOINT
+    return redact(constants.ENDPOINT)
 
 
 def _cache_folder() -> Path:

@@ -1,8 +1,8 @@
 """Files pushed to a repository on the hub in one commit.
 
-A pushed repository holds `bilevel_jax.json`, which lists its files and their hashes. What it does not list, or lists
-with another hash, is somebody's own: it is not overwritten unless that is asked for, and then its earlier state stays
-in the history of the repository.
+A pushed repository holds `bilevel_jax.json`, which says what was pushed and lists the files with their hashes. What it
+does not list, or lists with another hash, is somebody's own, and so is all that was made from something else: it is not
+overwritten unless that is asked for, and then its earlier state stays in the history of the repository.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ class Pushed(NamedTuple):
     name: HubName
     """With the commit."""
     url: str
+    is_private: bool
 
 
 def push_files(
@@ -33,6 +34,7 @@ def push_files(
     files: Mapping[str, Path | bytes],
     *,
     made_by: str,
+    source: Mapping[str, str],
     message: str,
     private: bool,
     replace: bool,
@@ -46,9 +48,11 @@ def push_files(
         repository: owner/name.
         files: path in the repository -> content, or the file here that has it.
         made_by: program and version, for the list of files.
+        source: what the files are made from, in words; files of a push from another source are those of others.
         message: of the commit.
-        private: who may see a repository that is made; an existing one must be private.
-        replace: overwrite files that no push made.
+        private: who may see a repository that is made; an existing one must be private. False: everybody may see it,
+            unless an existing one is private.
+        replace: overwrite files that no push of this source made.
 
     Returns:
         The name with the commit, and the page.
@@ -64,7 +68,7 @@ def push_files(
     check_repository_name(repository)
     name = HubName(kind, repository)
     api = HfApi()
-    files = {**files, MANIFEST_FILE: _format_manifest(files, made_by)}
+    files = {**files, MANIFEST_FILE: _format_manifest(files, made_by, source)}
     with explain_errors(name, is_push=True), quiet_unless_watched():
         check_login(name)
         if not api.repo_exists(repository, repo_type=kind):
@@ -73,13 +77,22 @@ def push_files(
         if private and not info.private:
             raise mark_explained(
                 ValueError(
-                    f"{repository_url(name)} is public, and a private repository is asked for. Make it private there, "
-                    "choose another name, or leave out export.private."
+                    f"{repository_url(name)} is public, and a private repository is asked for, which is the default. "
+                    "Make it private there, choose another name, or publish with --export.no-private."
                 )
             )
         there = {file.path: file for file in api.list_repo_tree(repository, repo_type=kind, recursive=True)
                  if hasattr(file, "size") and hasattr(file, "blob_id")}  # fmt: skip
-        own = _find_own(api, name, there)
+        own, other_source = _find_own(api, name, there, source)
+        if other_source is not None and not replace:
+            described = ", ".join(f"{key} {value}" for key, value in other_source.items()) or "not named"
+            raise mark_explained(
+                FileExistsError(
+                    f"{repository_url(name)} holds what was made from something else ({described}): nothing is "
+                    "overwritten. Choose another name, or set export.replace (the repository's history keeps what is "
+                    "there)."
+                )
+            )
         foreign = sorted(path for path in files if path in there and path not in own)
         if foreign and not replace:
             raise mark_explained(
@@ -95,7 +108,7 @@ def push_files(
         commit = api.create_commit(
             repository, operations, repo_type=kind, commit_message=message, parent_commit=info.sha
         )
-    return Pushed(name.with_commit(commit.oid), repository_url(name))
+    return Pushed(name.with_commit(commit.oid), repository_url(name), bool(info.private))
 
 
 def check_repository_name(repository: str) -> None:
@@ -130,9 +143,7 @@ def _create(api: Any, name: HubName, private: bool) -> None:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        api.create_repo(
-            name.repo, repo_type=name.kind, private=private or None
-        )  # or what an organization has by default
+        api.create_repo(name.repo, repo_type=name.kind, private=private)
     except HfHubHTTPError as error:
         if error.response.status_code not in (401, 403):
             raise
@@ -144,29 +155,34 @@ def _create(api: Any, name: HubName, private: bool) -> None:
         ) from None
 
 
-def _find_own(api: Any, name: HubName, there: Mapping[str, Any]) -> set[str]:
-    """The files of a repository that an earlier push made and nobody has changed."""
+def _find_own(
+    api: Any, name: HubName, there: Mapping[str, Any], source: Mapping[str, str]
+) -> tuple[set[str], Mapping[str, str] | None]:
+    """(the files of a repository that an earlier push made and nobody has changed, its source if that is another)."""
     if MANIFEST_FILE not in there:
-        return set()
+        return set(), None
     path = api.hf_hub_download(name.repo, MANIFEST_FILE, repo_type=name.kind)
     try:
         with open(path, encoding="utf-8") as file:
-            listed = json.load(file)["files"]
-        return {MANIFEST_FILE} | {
+            manifest = json.load(file)
+        own = {MANIFEST_FILE} | {
             path
-            for path, hashes in listed.items()
+            for path, hashes in manifest["files"].items()
             if path in there and _read_hash(there[path]) in (hashes["sha256"], hashes["git"])
         }
+        earlier = dict(manifest.get("source", {}))
+        return own, None if earlier == dict(source) else earlier
     except (ValueError, KeyError, TypeError, AttributeError):
-        return set()  # somebody's own file of this name
+        return set(), None  # somebody's own file of this name
 
 
 def _read_hash(file: Any) -> str:
     return file.lfs.sha256 if file.lfs is not None else file.blob_id
 
 
-def _format_manifest(files: Mapping[str, Path | bytes], made_by: str) -> bytes:
-    document = {"made_by": made_by, "files": {path: _hash_file(content) for path, content in sorted(files.items())}}
+def _format_manifest(files: Mapping[str, Path | bytes], made_by: str, source: Mapping[str, str]) -> bytes:
+    hashes = {path: _hash_file(content) for path, content in sorted(files.items())}
+    document = {"made_by": made_by, "source": dict(source), "files": hashes}
     return (json.dumps(document, indent=1) + "\n").encode()
 
 

@@ -951,11 +951,11 @@ class ExportSection:
     push_model_to_hub: str = ""
     """owner/name that the run's model is pushed to, or its adapter, if the base has a name on the hub; empty: none."""
 
-    private: bool = False
-    """Repositories that are made on the hub are seen by their owner alone."""
+    private: bool = True
+    """Repositories that are made on the hub are seen by their owner alone; --export.no-private publishes them."""
 
     replace: bool = False
-    """Overwrite files on the hub that no export made or that were changed since; the history there keeps them."""
+    """Overwrite on the hub what no export of this run made, or was changed since; the history there keeps it."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from bilevel_jax.lm.checkpoint.folders import find_model_folder
 from bilevel_jax.lm.data.examples import load_examples, stream_examples, summarize_examples
 from bilevel_jax.lm.data.tokens import load_tokenizer
 from bilevel_jax.lm.hub.downloads import find_model_files, resolve_commit
+from bilevel_jax.lm.hub.errors import explain_errors, repository_url
 from bilevel_jax.lm.hub.names import parse_dataset_name, parse_model_name
 from bilevel_jax.lm.models.source_files import find_hub_name
 from tests.lm.hub.hub_server import TOKEN, HubServer, connect
@@ -282,6 +283,19 @@ def test_a_token_reads_what_is_private_and_is_never_shown(online, model_files):
         models.load_model("me/other")
     seen.append(str(error.value))
     assert not any("hf_a" in text for text in seen)
+
+
+def test_what_is_secret_in_a_text_is_not_shown(online, monkeypatch):
+    online(token=TOKEN)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://user:secret@127.0.0.1:9")
+    with pytest.raises(ConnectionError, match="the hub at http://127.0.0.1:9 cannot be reached"):
+        models.load_model("me/tiny")
+    assert repository_url(parse_model_name("me/tiny")) == "http://127.0.0.1:9/me/tiny"
+    said = f"Illegal header value b'Bearer hf_old\\n' of {TOKEN}, https://cdn/a/b?X-Signature=secret&c=d, http://m:secret@h/x"
+    with pytest.raises(ValueError, match="cannot be read") as error, explain_errors(parse_model_name("me/tiny")):
+        raise RuntimeError(said)
+    shown = "Illegal header value b'Bearer ***' of ***, https://cdn/a/b?*** http://h/x"
+    assert shown in str(error.value)
 
 
 @pytest.mark.parametrize(("status", "reason"), [(503, "status 503"), (404, "status 404"), (0, "ReadTimeout")])

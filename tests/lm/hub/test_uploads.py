@@ -27,7 +27,13 @@ def hub(server, tmp_path, monkeypatch):
 
 
 def push(files=FILES, repository="me/rows", **settings):
-    settings = {"message": "a push", "made_by": "the tests", "private": False, "replace": False} | settings
+    settings = {
+        "message": "a push",
+        "made_by": "the tests",
+        "source": {"run": "a"},
+        "private": False,
+        "replace": False,
+    } | settings
     return push_files("dataset", repository, files, **settings)
 
 
@@ -65,6 +71,17 @@ def test_what_somebody_wrote_is_not_overwritten_unless_asked(hub, path):
     assert repository.files[path] != b"{}" and repository.commits[head][path] == b"{}"  # in the history
 
 
+def test_a_push_from_another_run_replaces_nothing_unless_asked(hub):
+    push()
+    repository = hub.repositories["dataset", "me/rows"]
+    head = repository.head
+    with pytest.raises(FileExistsError, match=r"made from something else \(run a\): nothing is overwritten.*replace"):
+        push({"other.md": b"# of b\n"}, source={"run": "b"})
+    assert repository.head == head
+    push({"other.md": b"# of b\n"}, source={"run": "b"}, replace=True)
+    assert set(repository.files) == {".gitattributes", MANIFEST_FILE, "other.md"}
+
+
 def test_a_repository_of_others_is_left_alone(hub):
     hub.add("dataset", "me/rows", {"README.md": "mine", "data.csv": "1"})
     with pytest.raises(FileExistsError, match="README.md, which no export of bilevel-jax made"):
@@ -89,10 +106,11 @@ def test_a_commit_in_between_is_not_overrun(hub, monkeypatch):
 
 
 def test_who_may_see_it(hub):
-    push(repository="me/secret", private=True)
+    assert push(repository="me/secret", private=True).is_private
     assert hub.repositories["dataset", "me/secret"].private
     push({"README.md": b"# new\n"}, repository="me/secret", private=True)
-    push()
+    assert push({"README.md": b"# new\n"}, repository="me/secret").is_private
+    assert not push().is_private
     with pytest.raises(ValueError, match="is public, and a private repository is asked for"):
         push(private=True)
 
