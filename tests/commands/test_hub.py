@@ -213,7 +213,10 @@ def test_models_that_are_asked_are_named_on_the_hub_and_services_are_not(online)
     )  # fmt: skip
     head = online().repositories["model", "me/tiny"].head
     commits = find_commits(config)
-    assert commits == {name: f"hub:me/tiny@{head}" for name in ("me/tiny", "hub:me/tiny@main")}
+    assert commits == {
+        "evaluate.model": {"me/tiny": f"hub:me/tiny@{head}"},
+        "evaluate.base": {"hub:me/tiny@main": f"hub:me/tiny@{head}"},
+    }
     pinned = replace_names(config, commits)
     assert pinned.evaluate.model == f"hub:me/tiny@{head}" and pinned.evaluate.baseline == config.evaluate.baseline
     assert [(record.key, record.asked) for record in describe_hub_names(pinned)] == [
