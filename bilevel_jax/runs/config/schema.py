@@ -952,7 +952,7 @@ class ExportSection:
     """owner/name that the run's model is pushed to, or its adapter, if the base has a name on the hub; empty: none."""
 
     private: bool = True
-    """Repositories that are made on the hub are seen by their owner alone; --export.no-private publishes them."""
+    """Repositories that are made on the hub are seen by their owner alone; false: by everybody."""
 
     replace: bool = False
     """Overwrite on the hub what no export of this run made, or was changed since; the history there keeps it."""
