@@ -112,6 +112,12 @@ def _take(store: ObjectStore, say: Callable[[str], None]) -> Lease:
         if number and not _wait_until_free(store, number, say):
             continue  # it has gone while we looked
         if store.create(_lock_name(number + 1), _format_lock(token)):
+            if store.create(_lock_name(number + 1), _format_lock(token, renewals=1)):
+                store.remove([_lock_name(number + 1)])
+                raise StorageError(
+                    f"{store.url}: the server lets two processes create one object, so that none can hold the folder "
+                    "for itself. Use storage with conditional writes (If-None-Match), or a folder of this machine."
+                )
             store.remove(_lock_name(old) for old in range(max(1, number - 1), number + 1))
             return Lease(store, number + 1, token)
 

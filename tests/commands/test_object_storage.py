@@ -71,6 +71,13 @@ def test_a_run_at_a_url_is_the_run_of_a_folder(s3, table_inputs, local, tmp_path
     assert again.result == result.result and commands.read_result(URL).result == result.result
 
 
+def test_event_files_are_published(s3, table_inputs):  # noqa: F811
+    pytest.importorskip("tensorboardX", reason="the extra tensorboard is not installed")
+    run_at_url(table_inputs, "train", "--output.tensorboard")
+    (events,) = [data for name, data in s3.names("team/run").items() if name.startswith("tensorboard/")]
+    assert b"evaluated/test_loss" in events  # the last number of the run
+
+
 def test_a_folder_in_use_or_taken_is_refused(s3, table_inputs, capsys, monkeypatch):  # noqa: F811
     with lease.hold(ObjectStore(URL)):
         with pytest.raises(RuntimeError, match=rf"{URL} is in use by process {os.getpid()} on "):

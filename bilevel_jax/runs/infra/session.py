@@ -253,7 +253,7 @@ class EventLog:
     """A log whose numbers are also written as event files of TensorBoard, by the first process."""
 
     def __init__(self, log: JsonLog, folder: Path, say: Callable[[str], None]):
-        self._log = log
+        self._log, self._folder = log, folder
         self._events = tensorboard.EventWriter(folder, say=say) if distributed.is_first_process() else None
 
     def write(self, record: dict[str, Any]) -> None:
@@ -276,12 +276,18 @@ class EventLog:
         self._log.sync()
         if self._events is not None:
             self._events.flush()
+            self._publish()
 
     def close(self) -> None:
         """Put all of it on the disk."""
         self._log.close()
         if self._events is not None:
             self._events.close()
+            self._publish()
+
+    def _publish(self) -> None:
+        for file in sorted(self._folder.glob("*")):
+            copies.publish_later(file)
 
 
 class PartLog:
