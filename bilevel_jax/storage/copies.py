@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from bilevel_jax.storage import lease, urls
-from bilevel_jax.storage.objects import ObjectStore, open_store
+from bilevel_jax.storage.objects import ObjectStore, StorageError, open_store, status_of
 
 JOURNAL_SECONDS = 10.0
 """Seconds after which a line of a journal is on the server, at most."""
+CONFIG_FILE = "config.yaml"
+"""What tells the folder of a run from others that have a manifest."""
 RUN_MARKS = ("manifest.json", "seals.jsonl")
 """What the folder of a run holds, and what its files are checked by."""
 WORK_FOLDERS = ("checkpoints", "parts")
@@ -272,7 +274,7 @@ def _fetch(url: str) -> Path:
     root = place / url.removeprefix(run_url).lstrip("/") if run_url else place / name
     if run_url and run_url != url:
         run = open_store(run_url)
-        run.download_all({mark: place / mark for mark in RUN_MARKS if run.exists(mark)})
+        run.download_all({mark: place / mark for mark in RUN_MARKS if _is_seen(run, mark)})
     if run_url != url and parent_store.exists(name):
         parent_store.download(name, root)
         return root
@@ -296,9 +298,20 @@ def _find_run_url(url: str) -> str:
     parts = url[start:].split("/")
     for length in range(len(parts), 1, -1):
         candidate = url[:start] + "/".join(parts[:length])
-        if any(open_store(candidate).exists(mark) for mark in RUN_MARKS):
+        store = open_store(candidate)
+        if _is_seen(store, CONFIG_FILE) and any(_is_seen(store, mark) for mark in RUN_MARKS):
             return candidate
     return ""
+
+
+def _is_seen(store: ObjectStore, name: str) -> bool:
+    """Whether there is an object; a server that lists nothing for this user answers 403 where there is none."""
+    try:
+        return store.exists(name)
+    except StorageError as error:
+        if status_of(error) == 403 or isinstance(error.__cause__, PermissionError):
+            return False
+        raise
 
 
 def make_local_folder(url: str) -> Path:

@@ -93,7 +93,7 @@ class ObjectStore:
             try:
                 self._filesystem.pipe_file(self._path(name), data, mode="create")
             except Exception as error:
-                if isinstance(error, FileExistsError) or _status(error) == 412:
+                if isinstance(error, FileExistsError) or status_of(error) == 412:
                     return False
                 raise
             return True
@@ -283,7 +283,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _status(error: BaseException) -> int:
+def status_of(error: BaseException) -> int:
+    """The HTTP status that an error, or one that it was raised from, tells; 0 for none."""
     return next((status for one in _chain(error) if (status := _status_of(one))), 0)
 
 
@@ -308,7 +309,7 @@ def _describe(error: BaseException) -> str:
     """The server's answer, or why there was none, in a few words."""
     chain = list(_chain(error))
     code = next((code for one in chain if (code := _code_of(one))), "")
-    status = _status(error)
+    status = status_of(error)
     text = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
     answer = " ".join(part for part in (str(status) if status else "", code if code != str(status) else "") if part)
     return f"the server answered {answer} ({text})" if answer else f"{type(error).__name__} ({text})"

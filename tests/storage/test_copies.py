@@ -6,7 +6,7 @@ import pytest
 
 from bilevel_jax.storage import copies, lease
 from bilevel_jax.storage.objects import ObjectStore, StorageError
-from tests.s3_server import be_quick
+from tests.s3_server import DENIED, be_quick
 
 
 @pytest.fixture
@@ -63,3 +63,15 @@ def test_a_journal_that_could_not_be_published_is_published_later(working_copy, 
             working_copy.publish_journals()
     working_copy.publish_journals()
     assert working_copy.store.read("responses.jsonl") == b'{"row": 1}\n'
+
+
+def test_a_file_is_read_without_the_right_to_list(s3):
+    s3.write("data/rows.jsonl", b"{}")
+    s3.app.refuse = lambda method, path, _: DENIED if path.endswith(("manifest.json", "seals.jsonl", ".yaml")) else None
+    assert copies.local_path("s3://bucket/data/rows.jsonl").read_bytes() == b"{}"
+
+
+def test_a_folder_of_data_with_a_manifest_is_no_run(s3):
+    for name in ("manifest.json", "parts/0.jsonl"):
+        s3.write(f"data/{name}", b"{}")
+    assert (copies.local_path("s3://bucket/data") / "parts" / "0.jsonl").read_bytes() == b"{}"

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from bilevel_jax.storage import lease, objects
-from bilevel_jax.storage.objects import ObjectStore
+from bilevel_jax.storage.objects import ObjectStore, StorageError
 from tests.s3_server import SLOW_DOWN, be_quick
 
 
@@ -91,6 +91,15 @@ def test_a_write_that_is_tried_again_after_another_took_over_is_not_made(s3, tmp
         with pytest.raises(lease.LeaseLostError):
             store.upload(tmp_path / "x", "x", check)
     assert len(puts) == 1 and not store.exists("x")
+
+
+def test_a_server_that_lets_two_create_one_object_is_refused(store, monkeypatch):
+    write = store._filesystem.pipe_file
+    monkeypatch.setattr(store._filesystem, "pipe_file", lambda path, data, mode="": write(path, data))
+    with pytest.raises(StorageError, match="lets two processes create one object"):
+        with lease.hold(store):
+            raise AssertionError("nobody can hold it")
+    assert store.list_all() == {}
 
 
 def test_every_file_of_a_folder_is_written_under_the_lease(store, tmp_path, monkeypatch):
