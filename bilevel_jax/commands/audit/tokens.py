@@ -13,7 +13,7 @@ from bilevel_jax.lm.data.vocabulary import spell_tokens
 from bilevel_jax.runs.budget.work import differentiates_tokens
 from bilevel_jax.runs.config.schema import AuditSection, OuterSection
 from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK
-from bilevel_jax.runs.engine.trajectory_store import plan_checkpoints
+from bilevel_jax.runs.engine.trajectory_store import device_memory_bytes, plan_checkpoints
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.token_hypergradients import compute_token_hypergradients
@@ -47,8 +47,10 @@ def compute_tokens(
             session.check_signals()
             steps_done += 1
 
-        # held in device memory, whatever keeps the states of the first training
-        budget = replace(outer, offload="device", memory_gib=outer.memory_gib if outer.offload == "device" else 0.0)
+        # held in device memory, whatever keeps the states of the first training; where a device does not tell how much
+        # that is, what those states may take is all that is known
+        is_known = outer.offload == "device" or not device_memory_bytes()
+        budget = replace(outer, offload="device", memory_gib=outer.memory_gib if is_known else 0.0)
         plan = plan_checkpoints(budget, task.num_steps, start, task.base_params)
         found = compute_token_hypergradients(
             task,

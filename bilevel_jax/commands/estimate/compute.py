@@ -149,7 +149,7 @@ def estimate_compute(
         needed_bytes = max(
             bytes_per_device(step.program.arguments) + step.compiled.workspace_bytes for step in steps.values()
         )
-        if not free_bytes:
+        if free_bytes <= 0:
             source = "not measured: the device does not tell how much memory is free"
         elif needed_bytes * count > 0.8 * free_bytes:
             source = (
@@ -224,7 +224,7 @@ def _time_batch(abstract_run: AbstractRun) -> float:
 def free_memory_bytes() -> float:
     """Bytes that are free for arrays now, on all devices; 0 where an accelerator does not tell."""
     stats = jax.devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
+    if stats.get("bytes_limit"):
         return float(stats["bytes_limit"] - stats["bytes_in_use"]) * jax.device_count()
     if jax.devices()[0].platform != "cpu":
         return 0.0  # the host's memory is not the device's

@@ -68,8 +68,14 @@ class Session:
         self.work_done, self._restored_work = 0.0, 0.0
 
     def _read_finished_jobs(self) -> dict[str, Any]:
-        path = self._finished_jobs_path
-        return run_dir.read_json(path) if distributed.is_first_process() and path.exists() else {}
+        jobs: dict[str, Any] = {}
+
+        def read() -> None:
+            if self._finished_jobs_path.exists():
+                jobs.update(run_dir.read_json(self._finished_jobs_path))
+
+        distributed.run_on_first_process(read)  # whose error is that of all
+        return jobs
 
     def set_phase(self, description: str, total: float | None = None) -> None:
         """Name what is being done; `total` is the work of the whole run, in training steps."""
