@@ -266,7 +266,8 @@ def forget_copies() -> None:
 
 
 def _fetch(url: str) -> Path:
-    parent_url, name = url.rpartition("/")[::2]
+    is_bucket = "/" not in url.partition("://")[2]  # a whole one, which lies in nothing
+    parent_url, name = (url, "") if is_bucket else url.rpartition("/")[::2]
     parent_store, store = open_store(parent_url), open_store(url)
     run_url = _find_run_url(url)
     place = make_local_folder(run_url or parent_url)
@@ -275,7 +276,7 @@ def _fetch(url: str) -> Path:
     if run_url and run_url != url:
         run = open_store(run_url)
         run.download_all({mark: place / mark for mark in RUN_MARKS if _is_seen(run, mark)})
-    if run_url != url and parent_store.exists(name):
+    if not is_bucket and run_url != url and parent_store.exists(name):
         parent_store.download(name, root)
         return root
     files = store.list_all()
@@ -296,7 +297,7 @@ def _find_run_url(url: str) -> str:
     """The URL of the run in whose folder a URL lies, or which it is; "" for none."""
     start = url.index("://") + 3
     parts = url[start:].split("/")
-    for length in range(len(parts), 1, -1):
+    for length in range(len(parts), 0, -1):
         candidate = url[:start] + "/".join(parts[:length])
         store = open_store(candidate)
         if _is_seen(store, CONFIG_FILE) and any(_is_seen(store, mark) for mark in RUN_MARKS):

@@ -75,3 +75,11 @@ def test_a_folder_of_data_with_a_manifest_is_no_run(s3):
     for name in ("manifest.json", "parts/0.jsonl"):
         s3.write(f"data/{name}", b"{}")
     assert (copies.local_path("s3://bucket/data") / "parts" / "0.jsonl").read_bytes() == b"{}"
+
+
+def test_a_run_may_be_a_whole_bucket(s3):
+    for name in ("config.yaml", "seals.jsonl", "model/a", "checkpoints/done.json"):
+        s3.write(name, b"{}")
+    folder = copies.local_path("s3://bucket/")
+    assert {path.name for path in folder.rglob("*") if path.is_file()} == {"config.yaml", "seals.jsonl", "a"}
+    assert (copies.local_path("s3://bucket/model") / "a").read_bytes() == b"{}"
