@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel_jax.storage import lease, urls
-from bilevel_jax.storage.objects import ObjectStore, StorageError, open_store, status_of
+from bilevel_jax.storage.objects import ObjectStore, StorageError, open_store, status_of, try_again
 
 JOURNAL_SECONDS = 10.0
 """Seconds after which a line of a journal is on the server, at most."""
@@ -263,6 +263,7 @@ def forget_copies() -> None:
     """Have `local_path` make its copies anew: what lies at a URL may be another file by now."""
     _fetched.clear()
     open_store.cache_clear()  # a server that was away may be there again
+    try_again()
 
 
 def _fetch(url: str) -> Path:
