@@ -76,7 +76,11 @@ def find_model_folder(path: str | Path, base: str = "") -> ModelFolder:
     name, hub_name = _name_base(folder, base)
     candidates = [Path(name), *([] if base else [folder / name])] if name else []
     if hub_name is not None:
-        candidates = [find_model_files(str(hub_name))]
+        try:
+            candidates = [find_model_files(str(hub_name))]
+        except OSError as error:  # of the hub, in a sentence that names the base alone
+            remedy = "Or name a folder that holds it in evaluate.base."
+            raise type(error)(f"{folder}: an adapter, and its base {name!r} cannot be read. {error} {remedy}") from None
     found = next((candidate for candidate in candidates if (candidate / "config.json").is_file()), None)
     if found is None:
         named = f"its base is {name!r}, which is no folder of a model here" if name else "it names no base"

@@ -35,7 +35,7 @@ def test_the_base_of_an_adapter_and_its_tokenizer(base, tmp_path, monkeypatch):
     assert one.tokenizer == tmp_path / "one"
     beside = find_model_folder(adapter(tmp_path / "two", base_model_name_or_path="../base"))
     assert beside.base.samefile(base)
-    with pytest.raises(ValueError, match=r"three: an adapter, and its base is 'org/name', .* in evaluate.base"):
+    with pytest.raises(OSError, match=r"three: an adapter, and its base 'org/name' .* in the cache .* evaluate.base"):
         find_model_folder(adapter(tmp_path / "three", base_model_name_or_path="org/name"))
     with pytest.raises(ValueError, match="four: an adapter, and it names no base"):
         find_model_folder(adapter(tmp_path / "four", base_model_name_or_path=None))
