@@ -24,6 +24,7 @@ def run(made, out, *flags):
 LOWER = ("--outer.product-precision", "default")
 
 
+@pytest.mark.slow
 def test_it_is_measured_in_the_first_step_and_at_the_learned_weights(made, tmp_path, stop_at, capsys):
     result = run(made, tmp_path / "whole", *LOWER)
     said = capsys.readouterr().err
