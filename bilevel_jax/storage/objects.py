@@ -1,5 +1,6 @@
 """Objects below a URL: written whole, listed and removed, with bounded retries."""
 
+import contextlib
 import errno
 import functools
 import os
@@ -184,10 +185,8 @@ class ObjectStore:
         """Remove objects; one that is not there is no error."""
 
         def remove(name: str) -> None:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 self._filesystem.rm_file(self._path(name))
-            except FileNotFoundError:
-                pass
 
         _run_parallel(lambda name: self._try("removed", name, lambda: remove(name), check), list(names))
 
