@@ -409,8 +409,8 @@ def load(
 
     Args:
         folder: with config.json, safetensors files and a tokenizer; a name on the hub, owner/name or
-            owner/name@revision, which is fetched into its cache; or builtin:cipher, builtin:sums or builtin:scripts,
-            the small models that the package makes itself, in some seconds to minutes.
+            owner/name@revision, which is fetched into its cache; or builtin:cipher, builtin:sums, builtin:scripts
+            or builtin:sources, the small models that the package makes itself, in some seconds to minutes.
         adapter: a PEFT folder of LoRA factors for it.
         dtype: of the parameters: float32; bfloat16, for a base that adapters are trained over; or float64, which needs
             jax.config.update("jax_enable_x64", True).

@@ -196,7 +196,7 @@ def test_text_with_weights_per_source(made, tmp_path):
 
 
 WRONG = {
-    "a budget too small": (["--compare.budget", "50"], "too small to move a weight twice; needed: unrolled"),
+    "a budget too small": (["--compare.budget", "50"], "too small to move a weight; needed: unrolled"),
     "implicit without a prior": (["--outer.proximal", "0"], "implicit needs outer.proximal above 0"),
     "a method twice": (["--compare.methods", "mixing", "mixing"], "compare.methods = .* name each once"),
     "packing": (["--data.packing"], "packing cannot know the orders"),

@@ -1,15 +1,22 @@
 """Bilevel methods that `compare` runs, with their settings and cost."""
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from bilevel_jax.commands.compare.proxies import choose_mixture, draw_mixtures
 from bilevel_jax.core.types import Params
+from bilevel_jax.core.unrolled import validation_loss_fn
+from bilevel_jax.core.weightings import effective_sample_size
 from bilevel_jax.runs.budget.work import count_baseline_work, count_outer_step_work
 from bilevel_jax.runs.config.schema import (
+    CompareSection,
     DataSection,
     OptimizerSection,
     OuterEstimate,
@@ -20,13 +27,17 @@ from bilevel_jax.runs.config.schema import (
     SingleLoopSection,
     TrainSection,
 )
-from bilevel_jax.runs.engine.outer_loop import OuterRecords, run_outer_loop
+from bilevel_jax.runs.engine.outer_loop import OuterLoop, OuterRecords, data_order_seed
 from bilevel_jax.runs.engine.raters import rater_work
 from bilevel_jax.runs.engine.single_loop import run_single_loop, single_loop_step_work
 from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK, Trainer
+from bilevel_jax.runs.infra import checkpoint
+from bilevel_jax.runs.infra.placement import place_table
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.pooling import pooling_work, pools_steps
+from bilevel_jax.runs.tasks.evaluation import count_examples, held_out_losses
 from bilevel_jax.runs.tasks.protocol import Task
+from bilevel_jax.runs.tasks.sources import require_sources
 
 
 class MethodSections(NamedTuple):
@@ -38,6 +49,7 @@ class MethodSections(NamedTuple):
     outer: OuterSection
     single_loop: SingleLoopSection
     rater: RaterSection
+    compare: CompareSection = CompareSection()
 
 
 class MethodResult(NamedTuple):
@@ -75,20 +87,24 @@ class MethodSpec(NamedTuple):
 def _run_outer_loop_within_budget(
     task: Task, sections: MethodSections, session: Session, budget: float
 ) -> MethodResult:
-    """`run_outer_loop` with as many outer steps as the budget pays for; the rate falls with what is spent of it.
+    """The outer loop with as many steps as the budget pays for; the rate falls with what is spent of it.
 
     What a step of `implicit` costs is known only afterwards (its solve stops at a tolerance), so another one is made
     while the most expensive so far still fits.
     """
+    takes_last = _takes_last_step(task, sections.outer)
 
     def progress(records: OuterRecords) -> float:
         costs = [record["work"] for record in records]
-        return sum(costs) / (budget - max(costs[1:], default=count_outer_step_work(task, sections.outer)))
+        spent, next_cost = sum(costs), max(costs[1:], default=count_outer_step_work(task, sections.outer))
+        if takes_last:  # the rate is 0 at the end of the budget, where nothing moves any more
+            return spent / budget if spent + next_cost <= budget else math.inf
+        return spent / (budget - next_cost)
 
     outer = sections.outer
     if not pools_steps(task, outer):
         outer = replace(outer, reliability_every=0)  # all of the budget goes to steps
-    learned = run_outer_loop(
+    loop = OuterLoop(
         task,
         Trainer(task, outer, session),
         session,
@@ -98,16 +114,85 @@ def _run_outer_loop_within_budget(
         rater=sections.rater,
         progress=progress,
     )
-    stop_reason = learned.stop_reason if progress(learned.records) <= 1 else ""
-    spent = sum(record["work"] for record in learned.records)
+    while not (stop_reason := loop.stop_reason()):
+        loop.take_step()
+    learned = loop.learned_weights(stop_reason)
     return MethodResult(
-        learned.weights,
+        loop.moved_weights() if takes_last else learned.weights,
         _cost_history(learned.records),
-        spent,
+        sum(record["work"] for record in learned.records),
         _total_seconds(learned.records),
-        stop_reason,
+        stop_reason if progress(learned.records) <= 1 else "",
         validation_weight=learned.validation_weight,
     )
+
+
+def _takes_last_step(task: Task, outer: OuterSection) -> bool:
+    """Whether the weights are those after the last step, with which nothing was trained yet, so that one outer step is
+    enough: mixtures of sources, where no dev example could have chosen an earlier step."""
+    return outer.weighting == "per_source" and "dev" not in task.held_out_streams
+
+
+def _run_proxies(task: Task, sections: MethodSections, session: Session, budget: float) -> MethodResult:
+    """compare.proxy_runs trainings on mixtures that are drawn, and the best mixture by a regression over them."""
+    sources = require_sources(task, "proxy_fit")
+    records = train_proxies(task, sections, session)
+    mixtures, losses = (np.array([record[key] for record in records]) for key in ("mixture", "judged"))
+    mixture, law = choose_mixture(sources.natural, mixtures, losses, (sections.data.seed, 6))
+    session.log.write({"event": "mixing_law", "step": len(records), "law": law.form, "error": law.error})
+    return MethodResult(
+        sources.weights(mixture),
+        _cost_history(_best_so_far(records)),
+        sum(record["work"] for record in records),
+        _total_seconds(records),
+        "",
+    )
+
+
+def train_proxies(task: Task, sections: MethodSections, session: Session) -> list[dict[str, Any]]:
+    """A record of each proxy run: its mixture, its losses, and the one that is fitted: `judged`, the loss of validation
+    and dev examples, as the other methods read both.
+
+    Each has a data order of its own, as the trainings of the outer loop, and is resumed at the run that was stopped.
+    """
+    sources, count = require_sources(task, "proxy_fit"), sections.compare.proxy_runs
+    mixtures = draw_mixtures(sources.natural, count, (sections.data.seed, 5))
+    trainer = Trainer(task, sections.outer, session)
+    loss_fn, sizes = validation_loss_fn(task.problem), count_examples(task)
+    folder, records = session.folder / "checkpoints" / "proxies", list[dict[str, Any]]()
+    if restored := checkpoint.restore_checkpoint(folder, mixtures):
+        records = restored.meta["records"]
+        session.restore_work(sum(record["work"] for record in records))
+    for run in range(len(records), count):
+        session.set_phase(f"proxy run {run + 1} of {count}")
+        work_before, began = session.work_done, time.monotonic()
+        weights = place_table(task.mesh, sources.weights(mixtures[run]).astype(jnp.result_type(float)))
+        start = trainer.init_state(task.init_params(sections.train.seed))
+        stream = task.training_stream(data_order_seed(sections.data, sections.outer, run))
+        params = trainer.run(weights, start, stream).end.params
+        losses = held_out_losses(task, loss_fn, params, task.frozen(start.params))
+        judged = {part: loss for part in ("validation", "dev") if (loss := losses[part]) is not None}
+        record = {
+            "mixture": mixtures[run].tolist(),
+            "loss": losses,
+            "judged": float(np.average(list(judged.values()), weights=[sizes[part] for part in judged])),
+            "ess": float(effective_sample_size(weights)),
+            "work": session.work_done - work_before,
+            "seconds": time.monotonic() - began,
+        }
+        if not math.isfinite(record["judged"]):
+            raise FloatingPointError(f"the loss of proxy run {run + 1} is {record['judged']}: lower the learning rate.")
+        records.append(record)
+        session.log.write({"event": "proxy", "step": run, **record})
+        checkpoint.save_checkpoint(folder, run, mixtures, {"records": records})
+        session.mark_saved()
+    return records
+
+
+def _best_so_far(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The proxy runs, each with the losses of the best one until then."""
+    best = [min(records[: end + 1], key=lambda record: record["judged"]) for end in range(len(records))]
+    return [record | {"loss": of["loss"], "ess": of["ess"]} for record, of in zip(records, best, strict=True)]
 
 
 def _run_single_loop_within_budget(
@@ -178,7 +263,8 @@ def _outer_loop_method(
     def min_budget(task: Task, sections: MethodSections) -> float:
         once = count_baseline_work(task) + pooling_work(task, sections.outer)
         once += rater_work(task, sections.outer, sections.rater, ScoresSection())
-        return 2 * count_outer_step_work(task, sections.outer) + once
+        steps = 1 if _takes_last_step(task, sections.outer) else 2
+        return steps * count_outer_step_work(task, sections.outer) + once
 
     return MethodSpec(estimand, exactness, configure, _run_outer_loop_within_budget, min_budget)
 
@@ -193,6 +279,11 @@ def _single_loop_method(
         _run_single_loop_within_budget,
         _single_loop_step_work,
     )
+
+
+def _proxy_work(task: Task, sections: MethodSections) -> float:
+    require_sources(task, "proxy_fit")
+    return float(sections.compare.proxy_runs * task.num_steps)
 
 
 OPTIMISTIC_ESTIMAND = "min over θ in argmin G(θ, w) of L_v: trains on V"
@@ -216,6 +307,13 @@ METHODS: dict[str, MethodSpec] = {
     ),
     "mixing": _single_loop_method(
         _set_method("mixing"), "min of ρ L_v + (1 − ρ) G: trains on V", "yes; it learns no weights"
+    ),
+    "proxy_fit": MethodSpec(
+        "a regression of L_v over trainings on drawn mixtures of sources",
+        "no: as far as the fit",
+        lambda sections: sections,
+        _run_proxies,
+        _proxy_work,
     ),
 }
 """`penalty` with a copy is V-PBGD and, per source, ScaleBiO; without one, SEAL as its public code trains."""

@@ -9,6 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from bilevel_jax.commands.compare.report_answers import describe_arm_answers, format_answers_markdown
+from bilevel_jax.commands.compare.report_mixtures import describe_mixtures, format_mixtures_markdown
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.figures import Series
 from bilevel_jax.runs.report.html import Column, Table, bold_cell, make_table, render_page
@@ -60,6 +61,7 @@ def render_compare_report(
         table=comparison_table(result),
         reliability=describe_reliability(result),
         answers=answers,
+        mixtures=describe_mixtures(result),
         estimands=estimand_table(result),
         targets=describe_target_results(
             result.get("targets", []),
@@ -217,7 +219,7 @@ def format_markdown(result: JsonObject) -> str:
     return "\n".join(
         [
             result["sentence"], "", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *lines, "",
-            describe_protocol(result), "", *format_answers_markdown(result),
+            describe_protocol(result), "", *format_mixtures_markdown(result), *format_answers_markdown(result),
             "| method | of | exact for that |", "|---|---|---|", *exact, "",
         ]
     )  # fmt: skip

@@ -13,13 +13,14 @@ import pyarrow as pa
 
 from bilevel_jax.commands.compare import report
 from bilevel_jax.commands.compare.methods import METHODS, MethodResult, MethodSections
+from bilevel_jax.commands.compare.report_mixtures import SHARE_OF
 from bilevel_jax.core.types import Params
 from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.core.weightings import effective_sample_size
 from bilevel_jax.runs.budget.work import count_compare_work, sum_work
 from bilevel_jax.runs.config.load import CompareConfig, config_hash
 from bilevel_jax.runs.config.rules import reads_array_data
-from bilevel_jax.runs.engine.arms import ArmInputs, build_simple_arm, make_variant, why_absent
+from bilevel_jax.runs.engine.arms import ArmInputs, build_simple_arm, make_variant, why_absent, with_source_baselines
 from bilevel_jax.runs.engine.outer_loop import compute_baseline_scores
 from bilevel_jax.runs.engine.retrain import Retrainer, RetrainVariant
 from bilevel_jax.runs.engine.trainer import Trainer
@@ -44,11 +45,14 @@ from bilevel_jax.runs.tasks.evaluation import (
     read_labels,
 )
 from bilevel_jax.runs.tasks.protocol import Task
+from bilevel_jax.runs.tasks.sources import find_sources
 from bilevel_jax.runs.tasks.splits import PART_NAMES
 from bilevel_jax.runs.tasks.text import TextTask, prepare_text_task
 
 RANKED_AFTER_UNIFORM = ("top_alignment", "low_loss", "low_loss_dev")
 """Baselines that a uniform training ranks."""
+MAX_SOURCES = 20
+"""Sources of a mixture that is shown."""
 SEED_STRIDE = 1_000_000
 """Distance of the data seeds of two repetitions: further than any outer step or retrain goes."""
 
@@ -82,6 +86,7 @@ def sections_for_seed(config: CompareConfig, seed: int) -> MethodSections:
         outer=replace(config.outer, patience=0),
         single_loop=config.single_loop,
         rater=config.rater,
+        compare=config.compare,
     )
 
 
@@ -135,8 +140,9 @@ def _check_budget(config: CompareConfig, task: Task) -> None:
     if short := {name: math.ceil(least) for name, least in needed.items() if least > config.compare.budget}:
         listed = ", ".join(f"{name} {least:,}" for name, least in short.items())
         raise ValueError(
-            f"compare.budget = {config.compare.budget:,} is too small to move a weight twice; needed: {listed}. Raise "
-            "it, lower train.max_steps or outer.max_iterations, or leave these methods out of compare.methods."
+            f"compare.budget = {config.compare.budget:,} is too small to move a weight; needed: {listed}. Raise "
+            "it, lower train.max_steps, outer.max_iterations or compare.proxy_runs, or leave these methods out of "
+            "compare.methods."
         )
 
 
@@ -211,7 +217,7 @@ def run_repetition(
     none without prompts, the weights of every example)."""
     repetition = Repetition(config, task, seed, evaluation, session)
     cells: dict[str, dict[str, Any]] = {}
-    for baseline in config.compare.baselines:
+    for baseline in with_source_baselines(config.compare.baselines, task):
         if not why_absent(baseline, task, repetition.labels):
             cells[baseline] = repetition.run_baseline(baseline)
             session.print_line(f"seed {seed}  {_format_cell(baseline, cells[baseline])}")
@@ -263,7 +269,9 @@ class Repetition:
         """The cell of a selection that learns no weights."""
         arm = build_simple_arm(name, self.task, self.retrainer, self.arm_inputs)
         is_kept = np.isin(np.arange(self.task.num_examples), arm.variant.example_indices)
-        cell = self._retrain_cold(name, arm.variant, arm.variant.key) | {"ess": int(is_kept.sum())}
+        kept_weights = arm.variant.weights[: self.task.num_examples] * is_kept
+        cell = self._retrain_cold(name, arm.variant, arm.variant.key) | {"ess": _effective_size(kept_weights)}
+        cell["mixture"] = describe_mixture(self.task, self.sections, kept_weights)
         self._answer(name, lambda: self.retrainer.take_params(arm.variant, arm.variant.key, 0))
         if self.labels is not None and arm.scores is not None:
             cell |= {"auc": self.labels.auc(arm.scores), "f1": self.labels.f1(is_kept)}
@@ -359,7 +367,7 @@ def learn_weights(
         if keeps_own and outcome.params is not None:
             own_params.append(outcome.params)
         run_dir.write_arrays(path, outcome.weights)
-        return _make_cell(task, outcome, outer_loss)
+        return _make_cell(task, sections, outcome, outer_loss)
 
     cell = session.run_once(key, make, path.exists())
     return dict(cell), run_dir.read_arrays(path), load_own
@@ -370,7 +378,27 @@ def part_folder(session: Session, name: str, seed: int) -> Path:
     return session.folder / "parts" / f"seed {seed} {name}"
 
 
-def _make_cell(task: Task, outcome: MethodResult, outer_loss: Any) -> dict[str, Any]:
+def _effective_size(weights: np.ndarray) -> float | int:
+    """The effective sample size; of a subset of equal weights their number."""
+    if set(np.unique(weights)) <= {0.0, 1.0}:
+        return int(weights.sum())
+    return float(effective_sample_size(jnp.asarray(weights)))
+
+
+def describe_mixture(task: Task, sections: MethodSections, weights: np.ndarray) -> dict[str, float]:
+    """The share of each source in these weights; nothing for one source, too many to show, or no weight at all.
+
+    The sources of arrays are their given labels, which are shown where something weighs them.
+    """
+    sources, compared = find_sources(task), (*sections.compare.methods, *sections.compare.baselines)
+    weighs_sources = sections.outer.weighting == "per_source" or not {"proxy_fit", "stratified"}.isdisjoint(compared)
+    is_shown = (isinstance(task, TextTask) or weighs_sources) and 2 <= len(sources.names) <= MAX_SOURCES
+    if not is_shown or not weights[sources.is_trained].any():
+        return {}
+    return dict(zip(sources.names, sources.mixture(weights).tolist(), strict=True))
+
+
+def _make_cell(task: Task, sections: MethodSections, outcome: MethodResult, outer_loss: Any) -> dict[str, Any]:
     sources = sorted({example.source for example in task.examples})
     source_names = np.array([example.source for example in task.examples])
     cell = {
@@ -383,6 +411,7 @@ def _make_cell(task: Task, outcome: MethodResult, outer_loss: Any) -> dict[str, 
         "sources": {name: float(outcome.weights[source_names == name].mean()) for name in sources}
         if 2 <= len(sources) <= 6
         else {},
+        "mixture": describe_mixture(task, sections, outcome.weights),
     }
     if outcome.params is not None:
         frozen, part = task.frozen(outcome.params), headline_part(task)
@@ -431,6 +460,8 @@ def summarize_method(name: str, cells: dict[str, list[dict[str, Any]]]) -> dict[
         readings["distance"] = [loss - other["test"] for loss, other in zip(mine, goal, strict=True)]
     for source in runs[0].get("sources") or ():
         readings[f"weight of {source}"] = [cell["sources"][source] for cell in runs]
+    for source in runs[0].get("mixture") or ():
+        readings[f"{SHARE_OF}{source}"] = [cell["mixture"][source] for cell in runs]
     intervals = {key: mean_interval(values) for key, values in readings.items()}
     return {
         "name": name,

@@ -72,10 +72,9 @@ def write_cipher_data(
     if min(sizes.values()) < 0 or not 0 < sum(sizes.values()) <= NUM_STRINGS:
         raise ValueError(f"{sizes} rows: none may be negative, and together they must be 1 to {NUM_STRINGS} strings.")
     numbers = permute_indices(np.arange(sum(sizes.values())), NUM_STRINGS, seed).tolist()
-    strings = iter(_spell_number(number) for number in numbers)
-    random_strings = iter(
-        _spell_number(number) for number in permute_indices(np.arange(2 * noise + 2), NUM_STRINGS, seed, 1).tolist()
-    )
+    strings = iter(spell_string(number, LETTERS) for number in numbers)
+    random_numbers = permute_indices(np.arange(2 * noise + 2), NUM_STRINGS, seed, 1).tolist()
+    random_strings = iter(spell_string(number, LETTERS) for number in random_numbers)
 
     def noisy(string: str) -> str:
         return next(r for r in random_strings if r not in {rotate_letters(string, by) for by in (-1, 0, 1)})
@@ -118,5 +117,6 @@ def make_cipher_tokenizer() -> "PreTrainedTokenizerFast":
     return char_model.make_char_tokenizer(CHARACTERS)
 
 
-def _spell_number(number: int) -> str:
-    return "".join(LETTERS[number // len(LETTERS) ** place % len(LETTERS)] for place in range(STRING_LENGTH))
+def spell_string(number: int, letters: str) -> str:
+    """The string of STRING_LENGTH of these letters that has this number."""
+    return "".join(letters[number // len(letters) ** place % len(letters)] for place in range(STRING_LENGTH))

@@ -23,7 +23,7 @@ from bilevel_jax.runs.config.schema import (
     RefineMethod,
     SingleLoopSection,
 )
-from bilevel_jax.runs.engine.arms import SHARE_ON_DEV, count_trainings, why_absent
+from bilevel_jax.runs.engine.arms import SHARE_ON_DEV, count_trainings, why_absent, with_source_baselines
 from bilevel_jax.runs.engine.raters import rater_work
 from bilevel_jax.runs.engine.reliability import RoundSizes, choose_round_evidence, measures_reliability
 from bilevel_jax.runs.engine.single_loop import FORWARD_WORK, count_single_loop_work
@@ -232,8 +232,10 @@ def count_compare_work(task: Task, config: CompareConfig, labels: KnownLabels | 
     trained again, as others were trained since.
     """
     compare, steps = config.compare, task.num_steps
-    baselines = steps + count_baseline_work(task) + count_trainings(compare.baselines, task, labels, 1) * steps
-    total = compare.seeds * (baselines + len(compare.methods) * (compare.budget + 2 * steps))
+    names = with_source_baselines(compare.baselines, task)
+    baselines = steps + count_baseline_work(task) + count_trainings(names, task, labels, 1) * steps
+    budgets = [compare.proxy_runs * steps if name == "proxy_fit" else compare.budget for name in compare.methods]
+    total = compare.seeds * (baselines + sum(budgets) + len(budgets) * 2 * steps)
     stages = [WorkStage("all methods and baselines", other_work=total)]
     again = [name for name in compare.baselines if name in SHARE_ON_DEV and "dev" in task.held_out_streams]
     if config.evaluate.prompts and (again := [name for name in again if not why_absent(name, task, labels)]):

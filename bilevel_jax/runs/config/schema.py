@@ -988,15 +988,17 @@ class ArraysSection:
 
 
 CompareMethod = Literal[
-    "unrolled", "pooled", "auto", "window", "implicit", "alignment", "penalty", "penalty_alone", "bmo", "mixing"
-]
+    "unrolled", "pooled", "auto", "window", "implicit", "alignment", "penalty", "penalty_alone", "bmo", "mixing",
+    "proxy_fit",
+]  # fmt: skip
 POOLED_METHODS = ("pooled", "auto")
 """Methods of compare that are `unrolled` with the outer.estimate of their name."""
 Baseline = Literal[
     "uniform", "validation", "validation_early_stop", "train+validation", "oracle", "oracle+validation", "random",
-    "top_alignment", "low_loss", "low_loss_dev", "validation_model",
+    "top_alignment", "low_loss", "low_loss_dev", "validation_model", "stratified",
 ]  # fmt: skip
-
+DEFAULT_BASELINES: tuple[Baseline, ...] = get_args(Baseline)[:-1]
+"""All baselines but `stratified`, which text of several sources has in any case."""
 
 ArmName = Literal[Baseline, CompareMethod]
 """What `compare` compares: a baseline or a method."""
@@ -1011,8 +1013,9 @@ class CompareSection:
     )  # fmt: skip
     """Methods that learn weights."""
 
-    baselines: Annotated[tuple[Baseline, ...], Unique()] = get_args(Baseline)
-    """Baselines, which learn no weights."""
+    baselines: Annotated[tuple[Baseline, ...], Unique()] = DEFAULT_BASELINES
+    """Baselines, which learn no weights; of text of several sources uniform and stratified (equal shares of the
+    sources) in any case."""
 
     budget: Count = 2000
     """Compute budget of a method for one seed: forward and backward passes over one batch."""
@@ -1022,6 +1025,9 @@ class CompareSection:
 
     top_share: Share = 0.5
     """Share of the examples that random, top_alignment and low_loss select; validation_model, where there is no dev."""
+
+    proxy_runs: Annotated[int, Ge(4), Because("a regression needs several points")] = 16
+    """proxy_fit: trainings on drawn mixtures of sources, over which the validation loss is fitted."""
 
 
 EstimatorName = Literal["unrolled", "implicit", "alignment"]

@@ -12,6 +12,8 @@ from bilevel_jax.runs.scoring.scores import TRAINABLE_HOLDOUT_SCORES
 from bilevel_jax.runs.stats import top_indices
 from bilevel_jax.runs.tasks.evaluation import KnownLabels, evaluate_per_example, is_validation_trainable
 from bilevel_jax.runs.tasks.protocol import Task
+from bilevel_jax.runs.tasks.sources import find_sources
+from bilevel_jax.runs.tasks.text import TextTask
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 """Shares of the examples that are tried on dev."""
@@ -53,9 +55,18 @@ def why_absent(name: str, task: Task, labels: KnownLabels | None) -> str:
         )
     if not is_validation_trainable(task) and (name in TRAINABLE_HOLDOUT_SCORES or "validation" in name):
         return f"{name} trains on validation examples, and here they judge by another loss than that of training"
+    if name == "stratified" and len(find_sources(task).names) < 2:
+        return "stratified gives several sources equal shares, and all examples come from one: give data.source_field"
     if name.startswith("oracle") and (labels is None or not labels.good.any()):
         return f"{name} trains on the good examples, and none is labelled so: give data.label_field and data.good_label"
     return ""
+
+
+def with_source_baselines(names: Sequence[str], task: Task) -> list[str]:
+    """The baselines of a comparison: of text of several sources uniform and stratified, too, beside which every mixture
+    is read."""
+    beside = ("uniform", "stratified") if isinstance(task, TextTask) and len(find_sources(task).names) > 1 else ()
+    return [*names, *(name for name in beside if name not in names)]
 
 
 def count_trainings(names: Sequence[str], task: Task, labels: KnownLabels | None, seeds: int) -> int:
@@ -125,6 +136,13 @@ def _validation_model(task: Task, retrainer: Retrainer, inputs: ArmInputs) -> Ar
     return _top_share_on_dev(name, f"{meaning}, their share chosen on dev", scores, task, retrainer)
 
 
+def _stratified(task: Task, retrainer: Retrainer, inputs: ArmInputs) -> Arm:
+    sources = find_sources(task)
+    weights = np.ones(task.corpus.num_examples)
+    weights[: task.num_examples] = sources.weights(sources.stratified())
+    return Arm(make_variant("stratified", "every source, equal shares", task, task.trainable_indices(), weights))
+
+
 SIMPLE_ARMS: dict[str, Callable[[Task, Retrainer, ArmInputs], Arm]] = {
     "uniform": _whole("uniform", "every example, weight 1", lambda task, inputs: task.trainable_indices()),
     "validation": _whole("validation", "validation alone, all steps", lambda task, inputs: task.validation_indices()),
@@ -144,6 +162,7 @@ SIMPLE_ARMS: dict[str, Callable[[Task, Retrainer, ArmInputs], Arm]] = {
     "low_loss_dev": _low_loss_dev,
     "top_alignment": _top_alignment,
     "validation_model": _validation_model,
+    "stratified": _stratified,
     "oracle": _whole(
         "oracle", "the examples whose label is {good}{unlabelled}", lambda task, inputs: _good_indices(inputs)
     ),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from bilevel_jax.core import weightings
 from bilevel_jax.core.types import Estimate, Hyper, Params, Stream, TrainState, Trajectory, Weighting
@@ -59,6 +59,7 @@ from bilevel_jax.runs.tasks.evaluation import (
 )
 from bilevel_jax.runs.tasks.optimizers import DECAY_SHAPES
 from bilevel_jax.runs.tasks.protocol import Task
+from bilevel_jax.runs.tasks.sources import require_sources
 
 OuterRecords = list[dict[str, Any]]
 ProgressFunction = Callable[[OuterRecords], float]
@@ -129,23 +130,12 @@ def make_weighting(task: Task, name: str, rater: RaterSection, rater_features: R
     """The map from the outer variable to the weight table, by its name in outer.weighting."""
     table_size = padded_table_size(task.num_examples)
     if name == "per_source":
-        source, count = source_indices(task)
-        return weightings.rater(np.eye(count)[source], table_size=table_size)
+        sources = require_sources(task, "outer.weighting = per_source")
+        return weightings.rater(np.eye(len(sources.names))[sources.indices], table_size=table_size)
     if rater_features is not None:
         return make_rater_weighting(rater_features, rater)
     factory = {"softmax": weightings.softmax, "sigmoid": weightings.sigmoid}[name]
     return factory(task.num_examples, table_size)
-
-
-def source_indices(task: Task) -> tuple[Int[np.ndarray, "examples"], int]:
-    """(the number of each row's source, how many there are)."""
-    names, indices = np.unique([example.source for example in task.examples], return_inverse=True)
-    if len(names) < 2:
-        raise ValueError(
-            f"outer.weighting = per_source needs two sources, and every example comes from {str(names[0])!r}. Set "
-            "data.source_field to the key that tells sources apart, or choose another weighting."
-        )
-    return indices, len(names)
 
 
 def compute_baseline_scores(
@@ -348,6 +338,10 @@ class OuterLoop:
             if self._rater_features is None
             else LearnedRater(self._rater_features, _rater_variable(self.state.best_hyper)),
         )
+
+    def moved_weights(self) -> Float[np.ndarray, "examples"]:
+        """The weights after the last step, on the host: nothing was trained with them yet."""
+        return fetch_to_host(self._weights_of(self.state.hyper))[: self.task.num_examples]
 
     def learn_without_folds(self, num_folds: int, num_steps: int) -> Float[np.ndarray, "folds coefficients"]:
         """The coefficients of a rater after so many steps, each row without one fold of the validation set.

@@ -34,7 +34,6 @@ from bilevel_jax.runs.engine.outer_loop import (
     LearnedWeights,
     compute_baseline_scores,
     format_record,
-    source_indices,
     total_outer_learning_rate,
 )
 from bilevel_jax.runs.engine.trainer import Trainer
@@ -46,6 +45,7 @@ from bilevel_jax.runs.infra.step_loop import run_steps
 from bilevel_jax.runs.tasks.evaluation import held_out_losses, read_labels
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
 from bilevel_jax.runs.tasks.protocol import Task
+from bilevel_jax.runs.tasks.sources import require_sources
 
 TWO_MODEL_WORK, ONE_MODEL_WORK, FORWARD_WORK = 3.0, 2.0, 1 / 3
 """Work of a step in training steps: the training batch and the validation batch, and with a second model once more; of
@@ -303,7 +303,7 @@ def delayed_linear_decay(total: float, steps: int) -> Callable[[Any], Any]:
 def make_online_weights(task: Task, name: str) -> OnlineWeights:
     """The weights as a single-loop method steps them, on the examples of a batch alone; `name` is outer.weighting."""
     if name == "per_source":
-        source, count = source_indices(task)
-        return weightings.online_per_source(jnp.asarray(source), count)
+        sources = require_sources(task, "outer.weighting = per_source")
+        return weightings.online_per_source(jnp.asarray(sources.indices), len(sources.names))
     factories = {"softmax": weightings.online_softmax, "sigmoid": weightings.online_sigmoid}
     return factories[name](task.num_examples)

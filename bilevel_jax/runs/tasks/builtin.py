@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.training import init_train_state, train, train_step
 from bilevel_jax.lm import models
-from bilevel_jax.lm.builtin import cipher, scripts, sums
+from bilevel_jax.lm.builtin import cipher, scripts, sources, sums
 from bilevel_jax.lm.data import batches, tokens
 from bilevel_jax.lm.data.examples import load_examples
 from bilevel_jax.lm.losses import sft
@@ -83,6 +83,14 @@ BUILTIN_TASKS = {
         500,
         32,
         OptimizerSection(learning_rate=4e-3, warmup_steps=50, b2=0.99),
+    ),
+    "sources": BuiltinTask(
+        sources.write_sources_data,
+        {"validation": int, "dev": int},
+        "copies",
+        300,
+        32,
+        OptimizerSection(learning_rate=4e-3, warmup_steps=20, b2=0.99),
     ),
 }
 

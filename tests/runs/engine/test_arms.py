@@ -99,8 +99,8 @@ def test_without_dev_arms_say_what_they_lack_and_the_count_of_trainings_is_right
     assert not why_absent("validation_model", without, inputs.labels)
     assert "none is labelled so" in why_absent("oracle", task, None)
     # one a seed; four more shares for each of two arms, and the model of validation
-    assert count_trainings(list(SIMPLE_ARMS), task, inputs.labels, 3) == 11 * 3 + 2 * 4 + 1
-    assert count_trainings(list(SIMPLE_ARMS), without, None, 3) == 7 * 3 + 1
+    assert count_trainings(list(SIMPLE_ARMS), task, inputs.labels, 3) == 12 * 3 + 2 * 4 + 1
+    assert count_trainings(list(SIMPLE_ARMS), without, None, 3) == 8 * 3 + 1
 
 
 def test_the_test_part_chooses_nothing(comparison):

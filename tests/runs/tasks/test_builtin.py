@@ -56,7 +56,7 @@ def test_files_and_options(tmp_path, monkeypatch):
     [
         (
             DataSection(train=("builtin:sum",)),
-            r"builtin:sum is no built-in task; they are \['builtin:cipher', 'builtin:sums', 'builtin:scripts'\]",
+            r"builtin:sum is no built-in task; they are \['builtin:cipher', 'builtin:sums', .*'builtin:sources'\]",
         ),
         (replace(SUMS, train=("builtin:cipher",)), "are two built-in tasks; a run has room for one"),
         (replace(SUMS, test=("builtin:sums?train=9",)), r"train=9: options of a built-in task are set in data.train"),
