@@ -1,6 +1,11 @@
-"""Pytree operations that optax.tree and jax.tree lack."""
+"""Pytree operations that optax.tree and jax.tree lack.
+
+Those that are compiled are one program for all leaves: array by array, operations on arrays that are split over several
+processes may wait for each other for ever.
+"""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -50,3 +55,21 @@ def bitwise_equal(first: PyTree, second: PyTree) -> Bool[Array, ""]:
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether no floating-point leaf holds a nan or an infinity."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in inexact_leaves(tree)] or [jnp.array(True)]).all()
+
+
+@partial(jax.jit, static_argnums=1)
+def repeat(tree: PyTree, count: int) -> PyTree:
+    """The tree with so many copies of each leaf, along a new first axis."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *jnp.shape(leaf))), tree)
+
+
+@jax.jit
+def stack(*trees: PyTree) -> PyTree:
+    """One tree whose leaves hold those of all trees, along a new first axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+@jax.jit
+def take(tree: PyTree, place: int) -> PyTree:
+    """The tree at one place of the first axis of each leaf."""
+    return jax.tree.map(lambda leaf: leaf[place], tree)

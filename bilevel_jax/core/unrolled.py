@@ -191,7 +191,7 @@ def backward_pass_of_each(
         trajectory: Trajectory, hyper: Hyper, frozen: Frozen, validations: Sequence[Stream]
     ) -> tuple[Array, Adjoint, Hyper]:
         ends = [end_loss_and_adjoint(trajectory.end, frozen, validation) for validation in validations]
-        losses, adjoint = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ends)
+        losses, adjoint = tree.stack(*ends)
         return losses, adjoint, jax.tree.map(lambda leaf: jnp.zeros((len(ends), *leaf.shape), leaf.dtype), hyper)
 
     return _build_backward_pass(each, start, window=window, on_step=on_step, on_replay=on_replay)

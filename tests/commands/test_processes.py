@@ -108,6 +108,15 @@ def test_two_processes_equal_one(verb, configs, tmp_path):
     assert "report: " in log(tmp_path / "2", 0) and "report: " not in log(tmp_path / "2", 1)  # one talks
 
 
+@pytest.mark.parametrize(("verb", "fsdp"), [("audit", 2), ("audit", 4), ("compare", 4)])
+def test_split_parameters_in_two_processes(verb, fsdp, configs, tmp_path):
+    """2 x 2 devices: with fsdp 2 each process has a copy of the parameters, with 4 a half of the only one."""
+    for processes, flags in ((1, ()), (2, ("--mesh.fsdp", str(fsdp)))):
+        running = launch(configs, tmp_path / str(processes), processes, *flags, verb=verb, devices=4)
+        assert ended(running) == [0] * processes, log(tmp_path / str(processes), 0)
+    same_results(verb, tmp_path / "2", tmp_path / "1")
+
+
 def test_a_killed_process_ends_the_other_and_both_resume(configs, tmp_path):
     """After the answers of the first model are stored: they are not made again."""
     whole = tmp_path / "whole"

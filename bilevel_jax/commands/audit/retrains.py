@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Container
 from functools import lru_cache, partial
-from operator import itemgetter
 from typing import NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
+from bilevel_jax.core import tree
 from bilevel_jax.core.certify import RemovalPrediction, compare_with_retrains
 from bilevel_jax.core.types import PADDING, Params, Stream, TrainState, TrainStep
 from bilevel_jax.core.unrolled import validation_loss_fn
@@ -128,7 +128,7 @@ def retrain_without(
     def retrain(gone: Bool[np.ndarray, "some rows"]) -> list[dict[str, list[float]]]:
         missing = vmap_size - len(gone)  # filled up, so that every group is of one shape and compiled once
         params = train_vmapped(task, session, start, stream, np.pad(gone, ((0, missing), (0, 0)), mode="edge"))
-        found = [read_losses(jax.tree.map(itemgetter(at), params)) for at in range(len(gone))]
+        found = [read_losses(tree.take(params, at)) for at in range(len(gone))]
         if not all(np.isfinite(values).all() for reading in found for values in reading.values()):
             raise FloatingPointError(
                 "a model trained without some of the rows has a loss that is not finite, although the one trained with "
@@ -153,7 +153,7 @@ def train_vmapped(
         batch = stream.batch(step)
         return forward(states, gather(weights, batch), frozen, batch)[0]
 
-    states = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(left_out), *leaf.shape)), start)
+    states = tree.repeat(start, len(left_out))
     return run_steps(session, take_step, states, range(stream.steps), work=len(left_out)).params
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from bilevel_jax.commands.audit import extremes, judge, report, retrains, tokens
 from bilevel_jax.commands.audit.judge import DataScore
 from bilevel_jax.commands.audit.retrains import LeaveOutRetrains
-from bilevel_jax.core import certify
+from bilevel_jax.core import certify, tree
 from bilevel_jax.core.types import Checks, Estimate, Stream, TrainState, Trajectory
 from bilevel_jax.core.unrolled import check_differentiable, each, validation_loss_fn
 from bilevel_jax.lm.data.examples import format_count
@@ -339,7 +339,7 @@ def make_estimator(
                 trainer.estimate_at_end(uniform_training.trajectory, ones, train_stream=summed, validation=stream)
             )
             session.check_signals()
-        return results[-1]._replace(grad=jnp.stack([one.grad for one in results]))
+        return results[-1]._replace(grad=tree.stack(*[one.grad for one in results]))
 
     return solve_streams
 

@@ -204,6 +204,7 @@ class TrainingLoop:
 
     def _record_evaluation(self, steps_done: int, state: TrainState) -> None:
         record = {"step": steps_done, **self._evaluate(state.params, with_accuracy=steps_done == 0)}
+        record = distributed.share_from_first(record)  # all must keep the same parameters
         if self.config.load_best and _is_best(self.records, record):
             self._best_params = jax.tree.map(jnp.copy, state.params)
         self.records.append(record)

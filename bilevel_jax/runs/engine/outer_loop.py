@@ -12,7 +12,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from bilevel_jax.core import weightings
+from bilevel_jax.core import tree, weightings
 from bilevel_jax.core.types import Estimate, Hyper, Params, Stream, TrainState, Trajectory, Weighting
 from bilevel_jax.core.unrolled import check_differentiable, validation_loss_fn
 from bilevel_jax.core.weightings import (
@@ -271,7 +271,8 @@ class OuterLoop:
         if words := describe_product_error(self.outer, float(estimate.checks.product_error)):
             self.session.print_line(words)
         check_hypergradient_finite(estimate, f"outer step {step}", alternative=", or use outer.method: window")
-        record = self._make_record(step, weights, trajectory, estimate, turn)
+        # the first process's: by it all choose the best step and end the loop
+        record = distributed.share_from_first(self._make_record(step, weights, trajectory, estimate, turn))
         self._update_tables(record, trajectory, weights, estimate.grad)
         # the first training is uniform in any case: what is certified and compared with begins there
         origin = self.state.hyper if step else self._first_logits()
@@ -423,8 +424,7 @@ class OuterLoop:
         draw = measure_estimate_reliability(
             task, self.trainer, weights, estimate, turn, trained=task.trainable_indices(), is_learned=step > 0
         )
-        validation_weight = {} if turn is None else {"validation_weight": float(weights[task.num_examples])}
-        weights = weights if turn is None else weights[: task.num_examples]
+        validation_weight = {} if turn is None else {"validation_weight": float(tree.take(weights, task.num_examples))}
         loss = held_out_losses(
             task, self._validation_loss, params, task.frozen(trajectory.start.params), validation=judging
         )
@@ -436,9 +436,7 @@ class OuterLoop:
         return {
             "step": step,
             "loss": loss,
-            "ess": float(weightings.effective_sample_size(weights)),
-            "entropy": float(weightings.entropy(weights)),
-            "largest": float(weights.max()),
+            **describe_weights(weights, None if turn is None else task.num_examples),
             **validation_weight,
             "auc": labels.auc(fetch_to_host(weights)[: task.num_examples]) if labels is not None else None,
             "checks": fields_to_json(estimate.checks),
@@ -472,6 +470,22 @@ def compile_with_arrays(function: Callable) -> Callable:
     """The function compiled; the arrays of a `Partial` are arguments of the compiled one, not constants in it."""
     compiled, partial_function = jax.jit(lambda function, *given: function(*given)), Partial(function)
     return lambda *given: compiled(partial_function, *given)
+
+
+def describe_weights(weights: jax.Array, count: int | None = None) -> dict[str, float]:
+    """Effective sample size, entropy and the largest of the weights, or of the first `count` of them."""
+    return {name: float(value) for name, value in _describe_weights(weights, count).items()}
+
+
+@partial(jax.jit, static_argnums=1)
+def _describe_weights(weights: jax.Array, count: int | None) -> dict[str, jax.Array]:
+    """One program, as those of several processes may wait for each other where the table is split."""
+    weights = weights[:count]
+    return {
+        "ess": weightings.effective_sample_size(weights),
+        "entropy": weightings.entropy(weights),
+        "largest": weights.max(),
+    }
 
 
 def _rater_variable(hyper: Hyper) -> RaterVariable:

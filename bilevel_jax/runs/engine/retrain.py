@@ -11,6 +11,7 @@ from bilevel_jax.core.types import Frozen, Params
 from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.lm.data.batches import steps_per_epoch
 from bilevel_jax.runs.engine.trainer import Trainer
+from bilevel_jax.runs.infra.distributed import fetch_from_first
 from bilevel_jax.runs.infra.placement import place_table
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.stats import mean_interval
@@ -134,7 +135,7 @@ class Retrainer:
         def read_dev(step: int, params: Params) -> None:
             nonlocal best
             if step in stops:
-                loss = float(self.loss_fn(params, frozen, task.held_out_streams["dev"]))
+                loss = float(fetch_from_first(self.loss_fn(params, frozen, task.held_out_streams["dev"])))
                 if best is None or loss < best[0]:
                     best = loss, step, params
 

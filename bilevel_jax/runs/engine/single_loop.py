@@ -33,12 +33,13 @@ from bilevel_jax.runs.config.schema import (
 from bilevel_jax.runs.engine.outer_loop import (
     LearnedWeights,
     compute_baseline_scores,
+    describe_weights,
     format_record,
     total_outer_learning_rate,
 )
 from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.infra import checkpoint
-from bilevel_jax.runs.infra.distributed import fetch_to_host
+from bilevel_jax.runs.infra.distributed import fetch_to_host, share_from_first
 from bilevel_jax.runs.infra.placement import place_table, replicate_unplaced
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.infra.step_loop import run_steps
@@ -198,17 +199,16 @@ class SingleLoopRecorder:
                 "optimizer.learning_rate, or set optimizer.max_grad_norm, and start anew with --out."
             )
         self.session.write_histogram("weights", step, lambda: fetch_to_host(weights))
-        return {
+        record = {
             "step": step,
             "loss": loss,
-            "ess": float(weightings.effective_sample_size(weights)),
-            "entropy": float(weightings.entropy(weights)),
-            "largest": float(weights.max()),
+            **describe_weights(weights),
             "auc": self._labels.auc(fetch_to_host(weights)) if self._labels is not None else None,
             "checks": {},
             "work": self.step_work * (step - self.records[-1]["step"]) if self.records else 0.0,
             "seconds": seconds,
         }
+        return share_from_first(record)
 
 
 def run_single_loop_with_baselines(

@@ -298,7 +298,7 @@ class Trainer:
     @staticmethod
     def _add_product_error(estimate: Estimate, estimates: Estimate) -> Estimate:
         """With what lower precision of the products changes; the last of the estimates has the highest."""
-        highest = jax.tree.map(lambda leaf: leaf[-1], estimates.grad)
+        highest = tree.take(estimates.grad, -1)
         error = measure_product_error(estimate.grad, highest, is_per_example=True)
         return estimate._replace(checks=estimate.checks._replace(product_error=error))
 
@@ -409,7 +409,7 @@ class Trainer:
         zero = jnp.zeros((), jax.tree.leaves(start.params)[0].dtype)
         carried = (Adjoint(start.params, tree.inexact_leaves(start.opt_state)), weights, zero, zero, zero)
         if num_losses > 1:
-            carried = jax.tree.map(lambda leaf: jnp.stack([leaf] * num_losses), carried)
+            carried = tree.repeat(carried, num_losses)
         return replicate_unplaced(self.task.mesh, BackwardState(-1, start, *carried, jnp.array(True)))
 
     def save_training(
@@ -519,8 +519,8 @@ def backward_step_work(num_losses: int) -> float:
 
 def _pick_loss(estimates: Estimate, place: int) -> Estimate:
     """The estimate of one of several outer losses."""
-    grad, validation_loss, direction = jax.tree.map(
-        lambda leaf: leaf[place], (estimates.grad, estimates.validation_loss, estimates.direction)
+    grad, validation_loss, direction = tree.take(
+        (estimates.grad, estimates.validation_loss, estimates.direction), place
     )
     checks = estimates.checks._replace(growth=float(jnp.asarray(estimates.checks.growth)[place]))
     return Estimate(grad, validation_loss, direction, checks, estimates.params)

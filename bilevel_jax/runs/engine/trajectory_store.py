@@ -136,7 +136,7 @@ class DiskStore(MutableMapping[int, TrainState]):
         self._like = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
         )
-        self._steps = set(checkpoint.list_checkpoint_steps(folder))
+        self._steps = set(distributed.share_work_of_first(lambda: checkpoint.list_checkpoint_steps(folder)))
         self._worker = None if distributed.is_multiprocess() else ThreadPoolExecutor(1, thread_name_prefix="states")
         self._pending_writes: dict[int, Future[None]] = {}
         self._prefetched: dict[int, Future[TrainState]] = {}

@@ -112,28 +112,36 @@ def restore_checkpoint(folder: str | Path, like: PyTree, step: int | None = None
     says what is wrong with it. A sound step of another structure is an error: going further back would not help.
     """
 
-    def find_valid_step() -> int:
+    def find_valid_manifest() -> dict[str, Any] | None:
         for candidate in reversed(list_checkpoint_steps(folder)) if step is None else [step]:
             manifest, problem = _verify(_step_folder(folder, candidate))
             if manifest is not None:
-                return candidate
-            warnings.warn(f"checkpoint {_step_folder(folder, candidate)} is refused: {problem}", stacklevel=3)
-        return -1
-
-    valid_step = distributed.broadcast_from_first(find_valid_step() if distributed.is_first_process() else -1)
-    if valid_step < 0:
+                return manifest
+            warnings.warn(f"checkpoint {_step_folder(folder, candidate)} is refused: {problem}", stacklevel=5)
         return None
-    path = _step_folder(folder, valid_step)
-    manifest, problem = _verify(path, contents=False)
+
+    manifest = distributed.share_work_of_first(find_valid_manifest)
     if manifest is None:
+        return None
+    path = _step_folder(folder, manifest["step"])
+    seen, problem = _verify(path, contents=False)
+    if seen is None or seals.format_json(seen) != seals.format_json(manifest):
+        problem = problem or "the first process sees another one of that number"
         raise ValueError(f"checkpoint {path} is refused: {problem}. All processes need to see {folder}.")
     return RestoredCheckpoint(_load_tree(path, manifest, like), manifest["meta"], manifest["step"])
 
 
 def read_checkpoint_meta(folder: str | Path, step: int) -> dict[str, Any] | None:
-    """The metadata saved with the arrays of a step; None where there is no whole step of that number."""
-    manifest, _ = _verify(_step_folder(folder, step), contents=False)
-    return None if manifest is None else manifest["meta"]
+    """The metadata saved with the arrays of a step; None where there is no whole step of that number.
+
+    Of several processes all call this, and get what the first one finds.
+    """
+
+    def read() -> dict[str, Any] | None:
+        manifest, _ = _verify(_step_folder(folder, step), contents=False)
+        return None if manifest is None else manifest["meta"]
+
+    return distributed.share_work_of_first(read)
 
 
 def prune_checkpoints(folder: str | Path, max_to_keep: int) -> None:

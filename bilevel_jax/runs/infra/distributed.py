@@ -26,6 +26,8 @@ from bilevel_jax.runs.infra.peers import PeerError, Peers
 ResultT = TypeVar("ResultT")
 MAX_ERROR_BYTES = 2000
 """Longest error message, in bytes, that the other processes receive."""
+MAX_SHARED_BYTES = 1 << 26
+"""Bytes that are sent to the other processes at once; more goes in pieces."""
 MAX_DIFFERENCES = 5
 """Differences between processes that are written out."""
 JAX_START_SECONDS = 60
@@ -180,10 +182,18 @@ def share_from_first(value: Any) -> Any:
     if _on_first_process_only or not is_multiprocess():
         return value
     content = json.dumps(value).encode() if is_first_process() else b""
-    size = broadcast_from_first(len(content))
-    buffer = np.zeros(1 << max(10, (size - 1).bit_length()), np.uint8)  # few sizes, as each is compiled once
-    buffer[: len(content)] = np.frombuffer(content, np.uint8)
-    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer)))[:size])
+    num_pieces, last = allgather_values(list(divmod(len(content), MAX_SHARED_BYTES)))[0].tolist()
+    pieces = [content[at * MAX_SHARED_BYTES :][:MAX_SHARED_BYTES] for at in range(num_pieces + 1)]
+    sizes = [MAX_SHARED_BYTES] * num_pieces + [last]
+    return json.loads(b"".join(map(_broadcast_bytes, pieces, sizes)))
+
+
+def share_work_of_first(work: Callable[[], Any]) -> Any:
+    """What the first process computes or reads, of what JSON can hold, in every process; all fail where it fails.
+
+    For what decides what is done next: a file that all read may have another length in each of them, for a moment.
+    """
+    return share_from_first(run_on_first_process(work))
 
 
 def is_there(path: str | Path) -> bool:
@@ -334,6 +344,13 @@ def _initialize_jax(coordinator: str, num_processes: int, process_id: int) -> No
             "On TPU pods, SLURM, Open MPI and Kubernetes give auto; elsewhere the same host:port to all, how many "
             "they are (--distributed.num-processes), and to each its own number from 0 (--distributed.process-id)."
         ) from error
+
+
+def _broadcast_bytes(content: bytes, size: int) -> bytes:
+    """The first process's content, whose size all know, in every process."""
+    buffer = np.zeros(1 << max(10, (size - 1).bit_length()), np.uint8)  # few sizes, as each is compiled once
+    buffer[: len(content)] = np.frombuffer(content, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer)))[:size]
 
 
 def _read_number(variable: str, default: int) -> int:

@@ -33,7 +33,7 @@ class LineEnd(NamedTuple):
 
 
 class Journal:
-    """Records in a file, appended and read. Of several processes the first writes, and all read.
+    """Records in a file, appended and read. Of several processes the first writes and reads, and all have what it read.
 
     The file is opened for each append, so it may be deleted in between: the next append begins a new one.
     """
@@ -77,11 +77,18 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
     def read_new(self) -> list[dict[str, Any]]:
-        """The records since the last call, at first all. Raises ValueError, with the line, for a damaged one."""
-        records: list[dict[str, Any]] = []
-        if self.path.exists():
-            self._read = self._read_from(self._read, records)
-        return records
+        """The records since the last call, at first all. Raises ValueError, with the line, for a damaged one.
+
+        Of several processes all call this, and get what the first one finds: another may see a shorter file.
+        """
+
+        def read() -> list[dict[str, Any]]:
+            records: list[dict[str, Any]] = []
+            if self.path.exists():
+                self._read = self._read_from(self._read, records)
+            return records
+
+        return distributed.share_work_of_first(read)
 
     def sync(self) -> None:
         """Put the journal on the disk, and note in the run how far it goes: what is cut off later is missed."""

@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 
-from bilevel_jax.runs.infra import run_dir, seals
+from bilevel_jax.runs.infra import checkpoint, run_dir, seals
+from bilevel_jax.runs.infra.journal import Journal
 from tests.conftest import ROOT
 from tests.runs.engine.test_agreement import free_port
 
 
 def test_the_first_decides_and_its_values_are_those_of_all(tmp_path):
-    """A finished job, a file and a folder that one of the two does not see (yet)."""
+    """A finished job, a file, a record and a checkpoint that one of the two does not see (yet)."""
     folders = [tmp_path / str(number) for number in range(2)]
     for folder in folders:
         (folder / "checkpoints").mkdir(parents=True)
@@ -19,6 +20,11 @@ def test_the_first_decides_and_its_values_are_those_of_all(tmp_path):
     jobs = seals.format_json({"stored": job, "with a file": job})
     run_dir.write_atomic(folders[0] / "checkpoints" / "done.json", jobs)
     (folders[0] / "file").touch()
+    for folder, count in zip(folders, (2, 1), strict=True):
+        journal = Journal(folder / "journal.jsonl", fsync=True)
+        for record in range(count):
+            journal.append({"old": record})
+    checkpoint.save_checkpoint(folders[0] / "checkpoints" / "train", 3, {"a": 1}, {"losses": 2})
     (folders[1] / "only the second has it").touch()
     port, flags = free_port(), os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     running = [
@@ -46,6 +52,10 @@ def test_the_first_decides_and_its_values_are_those_of_all(tmp_path):
             "computed": ["new"],
             "there": True,
             "absent": False,
+            "records": [{"old": 0}, {"old": 1}],
+            "new records": [{"new": 0}],
+            "saved": {"losses": 2},
+            "restored": "whole",
             "long": True,
         }
     )
