@@ -28,6 +28,7 @@ from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.text import prepare_text_task, tokenize_splits
 from tests.commands.test_targets import SEVERAL, files, flags  # noqa: F401
 from tests.conftest import ROOT
+from tests.runs.engine.test_agreement import free_port
 
 LLAMA_3_8B = {
     "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -326,6 +327,62 @@ def test_a_training_that_is_not_swept_keeps_its_start_alone(made, tmp_path):
         assert set(kept.values()) == {0} and phase.parts["start"] > 0
 
 
+def estimate_hosts(config, out, *flags):
+    """What is told of each of two hosts, whose four devices are simulated."""
+    command = ["estimate", str(config), "--estimate.devices", "4", "--estimate.hosts", "2", "--estimate.no-compile"]
+    assert main([*command, *flags, "--out", str(out)]) == 0
+    return json.loads((out / "estimate.json").read_text())
+
+
+def test_hosts_share_the_devices_and_read_everything(made, tmp_path, capsys):
+    found = estimate_hosts(made / "select.yaml", tmp_path / "out")
+    hosts, arrays = found["hosts"], found["arrays"]
+    assert (hosts["count"], hosts["devices"], hosts["rows of a step"]) == (2, 2, 4)
+    assert hosts["on its devices"] == {
+        "parameters": 2 * arrays["trained parameters"], "optimizer": 2 * arrays["optimizer"],
+        "batch": 2 * arrays["batch"], "at the peak": 2 * found["peak"],
+    }  # fmt: skip
+    read = hosts["files that it reads"]
+    assert read["data"] == sum((made / f"{name}.jsonl").stat().st_size for name in ("train", "validation", "test"))
+    assert read["model"] == sum(file.stat().st_size for file in (made / "model").iterdir())
+    rows = 44 + 8 + 16  # validation stands behind the training rows, too, as it is of their kind
+    assert hosts["in its memory"]["tokens of all rows"] == rows * 11 * 5 + (rows + 3) * 8  # ids, mask; offsets
+    assert hosts["in its memory"]["whole model, for its file"] == arrays["trained parameters"]
+    out = capsys.readouterr().out
+    assert "each of 2 hosts" in out and "Every host reads all rows" in out
+
+
+def test_hosts_of_rows_that_are_absent(large, tmp_path):
+    """As many bytes of tokens as rows of full length would have."""
+    flags = (*LARGE, "--model.name-or-path", str(large), "--estimate.hosts", "4", "--estimate.no-compile")
+    assert main(["estimate", "configs/select.yaml", *flags, "--out", str(tmp_path / "out")]) == 0
+    hosts = json.loads((tmp_path / "out" / "estimate.json").read_text())["hosts"]
+    assert hosts["devices"] == 2 and hosts["on its devices"]["parameters"] > 2 * 2 * 8_030_261_248
+    assert hosts["in its memory"]["tokens of all rows"] >= 50_256 * (1024 * 5 + 8)
+    assert hosts["in its memory"]["whole model, for its file"] > 2 * 8_030_261_248
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 2, 4])
+def test_hosts_hold_what_two_processes_hold(fsdp, made, tmp_path):
+    """Two processes of two devices; with fsdp 4 each has half of the parameters."""
+    port, xla = free_port(), os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
+    flags = ["--mesh.data", "0", "--mesh.fsdp", str(fsdp)]
+    command = [sys.executable, "-m", "tests.commands.host_bytes", f"127.0.0.1:{port}"]
+    running = [
+        subprocess.Popen(
+            [*command, str(number), str(tmp_path), str(made / "select.yaml"), *flags],
+            env=os.environ | {"XLA_FLAGS": xla}, cwd=ROOT,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    assert [process.wait(timeout=300) for process in running] == [0, 0]
+    wanted = estimate_hosts(made / "select.yaml", tmp_path / "out", "--mesh.fsdp", str(fsdp))["hosts"]
+    for number in range(2):
+        held = json.loads((tmp_path / f"host {number}.json").read_text())
+        assert held == {name: wanted["on its devices"][name] for name in held}
+
+
 WRONG = {
     "no config.json": (
         ("--model.name-or-path", "nowhere", "--estimate.train-examples", "10"),
@@ -336,6 +393,10 @@ WRONG = {
     "devices and groups": (
         ("--estimate.devices", "4", "--mesh.fsdp", "3"),
         "4 is no multiple of mesh.fsdp = 3",
+    ),
+    "devices and hosts": (
+        ("--estimate.devices", "4", "--estimate.hosts", "3"),
+        "estimate.hosts = 3: 4 devices do not spread evenly over so many hosts",
     ),
     "a wrong number": (("--estimate.mfu", "2"), r"estimate.mfu = 2.0: must be in \(0, 1\]"),
 }

@@ -17,6 +17,7 @@ from bilevel_jax.commands.estimate.abstract_run import (
     simulate_devices,
 )
 from bilevel_jax.commands.estimate.compute import collect_workspace, compile_steps, estimate_compute, list_stages
+from bilevel_jax.commands.estimate.hosts import check_hosts, describe_hosts
 from bilevel_jax.commands.estimate.peak import estimate_memory, plan_run_checkpoints
 from bilevel_jax.commands.estimate.remedies import find_remedies
 from bilevel_jax.commands.estimate.table import print_comparison, print_estimate
@@ -60,6 +61,7 @@ def estimate(config: RunConfig, options: EstimateSection) -> EstimateResult:
         else:
             run, text = read_examples(run, Path(folder))
         abstract_run = make_abstract_run(run, text, command)
+        check_hosts(options, abstract_run.task.mesh.size)
         result = describe_run(config, abstract_run, options, simulated)
         workspace = Workspace()
         if options.compile:
@@ -67,6 +69,8 @@ def estimate(config: RunConfig, options: EstimateSection) -> EstimateResult:
             workspace = collect_workspace(abstract_run, steps, simulated)
             result |= estimate_compute(config, abstract_run, steps, options, simulated)
         result |= estimate_memory(abstract_run, workspace, options, simulated, result.get("speed", {}))
+        if options.hosts > 1:
+            result["hosts"] = describe_hosts(config, abstract_run, text, options, result["peak"])
         if result["budget"] and result["peak"] > result["budget"]:
             result["remedies"] = find_remedies(abstract_run, text, workspace, result["peak"], options, simulated)
     result["seconds_to_estimate"] = time.monotonic() - began

@@ -29,6 +29,7 @@ def print_estimate(estimated: dict[str, Any]) -> str:
         _checkpoint_plans_table(estimated),
         _work_table(estimated),
         _disk_table(estimated),
+        _hosts_table(estimated),
     ):
         if part is not None:
             console.print(part)
@@ -133,6 +134,21 @@ def _disk_table(estimated: dict[str, Any]) -> Table:
     return table
 
 
+def _hosts_table(estimated: dict[str, Any]) -> Table | None:
+    if "hosts" not in estimated:
+        return None
+    hosts = estimated["hosts"]
+    table = _make_table(f"each of {hosts['count']} hosts", "")
+    table.add_row("devices", f"{hosts['devices']:,}")
+    table.add_row("rows of a step", f"{hosts['rows of a step']:,}")
+    for place in ("on its devices", "files that it reads", "in its memory"):
+        table.add_section()
+        for name, amount in hosts[place].items():
+            if amount:
+                table.add_row(f"{place}: {name}", format_bytes(amount))
+    return table
+
+
 def _notes(estimated: dict[str, Any]) -> Iterable[str]:
     devices, shape = estimated["devices"], estimated["shape"]
     kind = "simulated" if devices["simulated"] else devices["kind"]
@@ -153,6 +169,11 @@ def _notes(estimated: dict[str, Any]) -> Iterable[str]:
         )
     if note := COMMAND_NOTES.get(estimated["command"]):
         yield note
+    if "hosts" in estimated:
+        yield (
+            "Every host reads all rows and all of the model, and keeps the parts of its own devices. Its memory is "
+            "counted without the program, the text of the rows and what reading takes."
+        )
     if "flops" in estimated:
         yield (
             f"{estimated['flops']:.3g} floating-point operations of matrix products, "

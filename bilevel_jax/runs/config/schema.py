@@ -901,6 +901,9 @@ class EstimateSection:
     devices: Annotated[int, Ge(0), Special(0, "those of this machine")] = 0
     """Devices of the run; more than this machine has are simulated for compilation; 0: those of this machine."""
 
+    hosts: Annotated[int, Ge(1)] = 1
+    """Hosts, a process each, that the devices are spread over evenly: what each reads and holds is estimated, too."""
+
     memory_gib: Annotated[float, Ge(0), Special(0, "that of this machine's devices")] = 0.0
     """Memory of one device; 0: that of this machine's devices."""
 
