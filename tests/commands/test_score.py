@@ -5,8 +5,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -335,25 +338,48 @@ def test_weights_that_underflow_leave_nothing_to_draw_by(rater, tmp_path, rule):
     assert choose_rows(paths, learned, RULES["share"], seed=3).total == 30
 
 
+def test_a_chunk_that_is_not_seen_is_waited_for_and_then_named(tmp_path, monkeypatch):
+    """Another machine has written it; without it the table would lack its rows."""
+    seen, late = tmp_path / "seen", tmp_path / "late"
+    seen.touch()
+    threading.Timer(0.3, late.touch).start()
+    chunks.wait_for_chunks([seen, late])
+    monkeypatch.setattr(chunks, "SEEN_SECONDS", 0.0)
+    with pytest.raises(FileNotFoundError, match="never: no such file, though all 2 chunks are scored"):
+        chunks.wait_for_chunks([seen, tmp_path / "never"])
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_chunks_and_write_the_same(made, rater, tmp_path):
     rows = (made / "train.jsonl").read_text().splitlines()
     (tmp_path / "many.jsonl").write_text("\n".join(rows * (1 + 2 * CHUNK_EXAMPLES // len(rows))) + "\n")
     port = free_port()
 
-    def launch(out, processes):
-        command = [sys.executable, "-m", "bilevel_jax.cli", "score", "--rater", rater[0], "--model", made / "model",
-                   "--data", tmp_path / "many.jsonl", "--output.no-progress", "--out", tmp_path / out]  # fmt: skip
+    def launch(out, processes, *flags):
+        command = [
+            sys.executable, "-m", "bilevel_jax.cli", "score", "--rater", rater[0], "--model", made / "model", "--data",
+            tmp_path / "many.jsonl", "--output.no-progress", *flags, "--out", tmp_path / out,
+        ]  # fmt: skip
         settings = [
             {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}
             if processes > 1
             else {}
             for number in range(processes)
         ]
-        running = [subprocess.Popen([*map(str, command)], cwd=ROOT, env=os.environ | extra) for extra in settings]
-        assert [process.wait(timeout=900) for process in running] == [0] * processes
+        return [subprocess.Popen([*map(str, command)], cwd=ROOT, env=os.environ | extra) for extra in settings]
 
-    launch("one", 1)
-    launch("two", 2)
+    def ended(running):
+        return [process.wait(timeout=900) for process in running]
+
+    assert ended(launch("one", 1)) == [0] and ended(launch("two", 2)) == [0, 0]
+    running = launch("killed", 2)
+    while not chunks.list_chunks(tmp_path / "killed"):
+        assert all(process.poll() is None for process in running)
+        time.sleep(0.01)
+    running[1].kill()
+    assert ended(running) == [1, -signal.SIGKILL]
+    assert not (tmp_path / "killed" / "scores.parquet").exists()
+    assert ended(launch("killed", 2, "--output.resume")) == [0, 0]
     for name in ("scores.parquet", "selected.jsonl"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+        for out in ("two", "killed"):
+            assert (tmp_path / "one" / name).read_bytes() == (tmp_path / out / name).read_bytes()

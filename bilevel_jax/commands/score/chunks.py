@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from bilevel_jax.runs.infra import run_dir, seals
 from bilevel_jax.storage import copies, urls
 
 RADIX_BITS = 16
+SEEN_SECONDS = 60.0
+"""Seconds within which a file of another machine is seen: for so long NFS remembers that it was not there."""
 Metadata = dict[bytes, bytes]
 """Of the schema of a parquet file."""
 
@@ -44,6 +47,21 @@ def chunk_path(folder: Path, number: int) -> Path:
 def list_chunks(folder: Path) -> list[Path]:
     """The chunks that are there, in order."""
     return sorted((folder / "checkpoints" / "score").glob("chunk_*.parquet"))
+
+
+def wait_for_chunks(paths: Sequence[Path]) -> None:
+    """Return when all chunks are seen; a folder that several machines share may show those of others later.
+
+    Raises FileNotFoundError for one that is not seen after SEEN_SECONDS.
+    """
+    end = time.monotonic() + SEEN_SECONDS
+    while missing := [path for path in paths if not path.exists()]:
+        if time.monotonic() > end:
+            raise FileNotFoundError(
+                f"{missing[0]}: no such file, though all {len(paths):,} chunks are scored. All processes need to see "
+                "one folder: give an --out that they share."
+            )
+        time.sleep(0.1)
 
 
 def write_chunk(

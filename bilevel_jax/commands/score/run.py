@@ -24,6 +24,7 @@ from bilevel_jax.commands.score.chunks import (
     read_columns,
     read_moments,
     to_json,
+    wait_for_chunks,
     write_chunk,
 )
 from bilevel_jax.commands.score.scorer import (
@@ -77,18 +78,20 @@ def score(config: ScoreConfig) -> dict[str, Any]:
 def _run_scoring(config: ScoreConfig, scorer: Scorer, session: Session) -> dict[str, Any]:
     folder = session.folder
     distributed.run_on_first_process(lambda: chunk_path(folder, 0).parent.mkdir(parents=True, exist_ok=True))
+    paths = [folder / SCORES_FILE]
     if not distributed.is_there(folder / SCORES_FILE):
-        _score_chunks(config, scorer, session)
-    return distributed.run_on_first_process(lambda: _finish(config, scorer.rater, session)) or {}
+        num_chunks = _score_chunks(config, scorer, session)
+        paths = [chunk_path(folder, number) for number in range(num_chunks)]
+    return distributed.run_on_first_process(lambda: _finish(config, scorer.rater, session, paths)) or {}
 
 
-def _score_chunks(config: ScoreConfig, scorer: Scorer, session: Session) -> None:
-    """Score the chunks of this process, each once."""
+def _score_chunks(config: ScoreConfig, scorer: Scorer, session: Session) -> int:
+    """Score the chunks of this process, each once; how many there are of all processes."""
     session.set_phase("scoring", total=count_rows(config.data.train))
     processes = jax.process_count() if distributed.is_multiprocess() else 1
     own = jax.process_index() if processes > 1 else 0
     recipe = scorer.rater.recipe
-    began, num_scored = time.monotonic(), 0
+    began, num_scored, num_chunks = time.monotonic(), 0, 0
 
     def tokenized_chunks() -> Iterator[tuple[int, list[Example], Corpus | None]]:
         for number, examples in batched(_read_examples(config), CHUNK_EXAMPLES):
@@ -102,29 +105,31 @@ def _score_chunks(config: ScoreConfig, scorer: Scorer, session: Session) -> None
             columns = recipe.columns if config.score.features else ()
             write_chunk(path, examples, scored, recipe.low, recipe.high, columns=columns)
             num_scored += len(examples)
+        num_chunks = number + 1
         session.advance(float(len(examples)))
         if number % processes == processes - 1:  # where each has done one, so that none waits for another's
             session.check_signals()
     seconds = time.monotonic() - began
     rate = num_scored * processes / seconds if seconds else None
     session.run_once("timing", lambda: {"seconds": seconds, "rows_per_second": rate})
+    return num_chunks
 
 
 def _read_examples(config: ScoreConfig) -> Iterator[Example]:
     return stream_examples(config.data.train, make_data_options(config.data))
 
 
-def _finish(config: ScoreConfig, rater: Rater, session: Session) -> dict[str, Any]:
-    """Join the chunks into scores.parquet, choose, and write what was found.
+def _finish(config: ScoreConfig, rater: Rater, session: Session, paths: list[Path]) -> dict[str, Any]:
+    """Join the chunks into scores.parquet, choose, and write what was found; `paths` are the chunks, or that file.
 
     Once scores.parquet is there it takes the place of the chunks, so that what is lost of the rest is made again.
     """
     folder = session.folder
     session.set_phase("writing")
-    is_joined = (folder / SCORES_FILE).exists()
-    paths = [folder / SCORES_FILE] if is_joined else list_chunks(folder)
+    is_joined = paths == [folder / SCORES_FILE]
     if not paths:
         raise ValueError(f"{', '.join(config.data.train)}: no rows, so there is nothing to score.")
+    wait_for_chunks(paths)
     moments, kinds = read_moments(paths)
     choose = cache(lambda: choose_rows(paths, rater, config.selection, seed=config.data.seed))
     session.run_once("facts", lambda: _collect_facts(config, rater, paths, moments, choose()))
