@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from bilevel_jax.core import certify
 from bilevel_jax.core.streams import halve_stream
 from bilevel_jax.core.types import Stream
-from bilevel_jax.runs.infra.placement import replicate
+from bilevel_jax.runs.infra.placement import keep_batches, replicate
 from bilevel_jax.runs.tasks.evaluation import num_judges
 from bilevel_jax.runs.tasks.protocol import Task
 
@@ -59,8 +59,10 @@ def leave_out_fold(task: Task, num_folds: int, seed: int, fold: int) -> Turn:
 
 
 def turn_training_stream(task: Task, seed: int, turn: Turn | None) -> Stream:
-    """The batches of a training run in the outer loop."""
-    return task.training_stream(seed) if turn is None else task.training_stream(seed, turn.trained, packed=False)
+    """The batches of a training run in the outer loop, which reads them on its way back, too."""
+    return keep_batches(
+        task.training_stream(seed) if turn is None else task.training_stream(seed, turn.trained, packed=False)
+    )
 
 
 def turn_full_pass_stream(task: Task, turn: Turn | None) -> Stream:

@@ -15,6 +15,8 @@ BATCH_SPEC = P(None, ("data", "fsdp"))
 """[micro, rows or examples, ...]: the second axis over all devices."""
 MIN_SHARDED_TABLE_SIZE, SHARDED_TABLE_MULTIPLE = 2**20, 2**12
 """Length from which a per-example table is split over the devices, and the multiple that it is then padded to."""
+KEPT_BATCHES = 2**24
+"""Bytes of batches that `keep_batches` keeps."""
 
 
 def make_mesh(data_size: int, fsdp: int = 1) -> Mesh:
@@ -123,6 +125,25 @@ def cache_stream(mesh: Mesh, stream: Stream) -> Stream:
     place_batch = _batch_placer(mesh)
     batches = [place_batch(stream.batch(step)) for step in range(stream.steps)]
     return Stream(batches.__getitem__, stream.steps)
+
+
+def keep_batches(stream: Stream, limit: int = KEPT_BATCHES) -> Stream:
+    """The same stream, which keeps batches that it has made, the first `limit` bytes of them: for one that is read
+    forth and back. Where training steps are small, making and moving a batch takes longer than a step."""
+    kept: dict[int, Batch] = {}
+    room = limit
+
+    def batch(step: int) -> Batch:
+        nonlocal room
+        if step in kept:
+            return kept[step]
+        made = stream.batch(step)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
+        if size <= room:
+            kept[step], room = made, room - size
+        return made
+
+    return Stream(batch, stream.steps)
 
 
 def align_layout(mesh: Mesh, layout: BatchShape) -> BatchShape:
