@@ -121,7 +121,7 @@ def retrained(problem: Training, *, count: int) -> Callable[[], tuple[np.ndarray
 
 def alone(problem: Training) -> Callable[[], None]:
     """This package's training without a sweep."""
-    core, adam, params, train_stream, _, weights = _ours(problem)
+    core, adam, params, train_stream, _, weights = ours(problem)
     step = forward_only_step(core, adam)
 
     def run() -> None:
@@ -135,7 +135,7 @@ def alone(problem: Training) -> Callable[[], None]:
 
 def swept(problem: Training, *, kept: str) -> Callable[[], np.ndarray]:
     """This package's training and sweep; `kept` is one of `KEEPS`."""
-    core, adam, params, train_stream, held_out, weights = _ours(problem)
+    core, adam, params, train_stream, held_out, weights = ours(problem)
     step = train_step(core, adam)
     estimate = unrolled_estimator(core, step)
 
@@ -222,7 +222,7 @@ def _plain(problem: Training, dtype: Any) -> Plain:
     )
 
 
-def _ours(problem: Training) -> tuple[Problem, optax.GradientTransformation, Any, Stream, Stream, jax.Array]:
+def ours(problem: Training) -> tuple[Problem, optax.GradientTransformation, Any, Stream, Stream, jax.Array]:
     if isinstance(problem.start, list):
         params = jax.tree.map(jnp.asarray, problem.start)
         core = weighted(lambda params, fixed, batch: _mlp_losses(params, batch))
