@@ -568,8 +568,8 @@ def _pull_back_update(
 def _direction(like: PyTree, number: Scalar | int) -> PyTree:
     """Vectors without a pattern that an update could cancel, another one for each number.
 
-    Cosines of multiples of the golden ratio and not random numbers: those of every leaf took three quarters of the time
-    in which these checks compile.
+    Cosines of multiples of the golden ratio: to draw normal numbers for every leaf takes longer to compile than the
+    checks themselves.
     """
 
     def direction(leaf: Array) -> Array:
