@@ -18,6 +18,7 @@ RANKS = (
     "runs/stats.py",
     "runs/terminal.py",
     "runs/tensorboard.py",
+    "runs/compiled_programs.py",
     "runs/config",
     "runs/infra",
     "runs/tasks",
