@@ -25,7 +25,10 @@ def keep_compiled_programs() -> Path | None:
     Returns:
         The folder; None where none is kept, or none can be made.
     """
-    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+    told, enabled = (
+        getattr(jax.config, f"jax_{name}") for name in ("compilation_cache_dir", "enable_compilation_cache")
+    )
+    if told is not None or not enabled:
         return None
     try:
         folder = _user_cache() / "bilevel_jax" / "compiled" / _cpu_kind()
