@@ -96,8 +96,8 @@ CONFIG is a YAML file; configs/quickstart.yaml needs no data and no model of you
   bilevel-jax --tyro-print-completion bash          a completion script for bash, zsh or tcsh
 
 {exit_codes}
-Compiled programs are kept in ~/.cache/bilevel_jax, up to 2 GB, so that the next run of the same shapes starts sooner;
-JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps none.
+Compiled programs are kept in ~/.cache/bilevel_jax, about 2 GB for each kind of CPU, so that the next run of the same
+shapes starts sooner; JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps none.
 On several hosts start the same command on each, with --distributed.coordinator-address (auto on TPU pods, SLURM and
 Kubernetes) and one output folder that all of them see. --mesh.fsdp N shards a large model over N devices.
 """
@@ -227,9 +227,11 @@ RUNNERS: dict[str, Callable[[str, list[str]], str]] = {
 def _call(function: str, config: Any, *more: Any) -> str:
     """Call a function of commands/functions.py, and summarize its result."""
     from bilevel_jax.runs.compiled_programs import keep_compiled_programs
+    from bilevel_jax.runs.infra.distributed import find_coordinator
 
     distributed = getattr(config, "distributed", None)
-    if distributed is None or not distributed.coordinator_address:  # of several processes the first alone would write
+    if distributed is None or not find_coordinator(distributed):
+        # of several processes the first alone would write, and might run another program than the others compile
         keep_compiled_programs()
     result = _import(f"bilevel_jax.commands.functions:{function}")(config, *more)
     return f"{result.summary}\nreport: {config.output.dir}/report.html" if "report" in vars(result) else result.summary

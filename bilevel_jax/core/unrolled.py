@@ -566,17 +566,20 @@ def _pull_back_update(
 
 
 def _direction(like: PyTree, number: Scalar | int) -> PyTree:
-    """Vectors without a pattern that an update could cancel, another one for each number.
+    """Numbers between -1 and 1 without a pattern that an update could cancel: other ones for each leaf and each
+    `number`. A hash of an entry's place, as jax.random's generator takes longer to compile for every leaf."""
+    leaves, structure = jax.tree.flatten(like)
 
-    Cosines of multiples of the golden ratio: to draw normal numbers for every leaf takes longer to compile than the
-    checks themselves.
-    """
+    def direction(place: int, leaf: Array) -> Array:
+        h = jnp.full(leaf.shape, place, jnp.uint32)
+        for axis, size in enumerate(leaf.shape):
+            h = h * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        h = h + jnp.uint32(0x9E3779B9) * (jnp.uint32(len(leaves)) * jnp.asarray(number, jnp.uint32) + jnp.uint32(place))
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):  # the finalizer of MurmurHash3
+            h = (h ^ (h >> shift)) * jnp.uint32(factor)
+        return (h.astype(jnp.float32) / 2.0**31 - 1).astype(leaf.dtype)
 
-    def direction(leaf: Array) -> Array:
-        angles = jnp.arange(leaf.size, dtype=jnp.float32) * 1.6180339887 + jnp.asarray(number, jnp.float32)
-        return jnp.cos(angles).astype(leaf.dtype).reshape(leaf.shape)
-
-    return jax.tree.map(direction, like)
+    return structure.unflatten([direction(place, leaf) for place, leaf in enumerate(leaves)])
 
 
 def _zero_half(grad: Params) -> Params:

@@ -15,6 +15,7 @@ from bilevel_jax.core.solve.hypergradient import hypergradient
 from bilevel_jax.core.training import init_train_state, scan, train, train_step
 from bilevel_jax.core.types import PADDING, CheckpointPlan, Stream
 from bilevel_jax.core.unrolled import (
+    _direction,
     backward_pass,
     backward_pass_of_each,
     check_differentiable,
@@ -403,6 +404,30 @@ def test_accepts_an_optimizer_with_one(name):
     toy, weights = lora(), jnp.asarray(WEIGHTS)
     step, run = trained(toy, OPTIMIZERS[name], weights)
     assert check_differentiable(step, OPTIMIZERS[name], run, weights, toy.fixed, toy.train) is None
+
+
+def test_directions_have_no_pattern():
+    like = {"a": jnp.zeros((64, 64)), "b": jnp.zeros((64, 64)), "c": jnp.zeros(()), "d": jnp.zeros(())}
+    first, second = (_direction(like, number) for number in (0, 1))
+    columns = np.stack([np.ravel(found[name]) for found in (first, second) for name in ("a", "b")])
+    assert np.linalg.matrix_rank(first["a"]) == 64
+    assert np.abs(np.corrcoef(columns) - np.eye(4)).max() < 0.06  # of 4,096 independent numbers: .016 each
+    assert abs(columns.mean()) < 0.02 and 0.55 < columns.std() < 0.6  # uniform between -1 and 1
+    assert len({float(found[name]) for found in (first, second) for name in ("c", "d")}) == 4
+
+
+def test_accepts_an_update_by_the_difference_of_two_leaves():
+    """Of equal directions of both its derivative would be 0."""
+
+    def update(grad, state, params=None):
+        return {"a": -0.1 * (grad["a"] - grad["b"]), "b": -0.1 * (grad["b"] - grad["a"])}, state
+
+    optimizer = optax.GradientTransformation(lambda params: (), update)
+    problem = weighted(lambda params, frozen, batch: (params["a"] - batch["data"]) ** 2 + params["b"] ** 2)
+    stream, weights = streams.full_batch_stream(jnp.array([1.0, 3.0])), jnp.ones(2)
+    step = train_step(problem, optimizer)
+    run = train(step, init_train_state(optimizer, {"a": jnp.zeros(()), "b": jnp.zeros(())}), weights, (), stream)
+    assert check_differentiable(step, optimizer, run, weights, (), stream) is None
 
 
 def test_a_replay_that_misses_is_told():

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
 
+from bilevel_jax import cli
 from bilevel_jax.runs import compiled_programs
 from tests.conftest import ROOT
 
@@ -15,7 +17,6 @@ NAMES = (
     "jax_enable_compilation_cache",
     "jax_persistent_cache_min_compile_time_secs",
     "jax_persistent_cache_min_entry_size_bytes",
-    "jax_compilation_cache_max_size",
 )
 
 
@@ -30,15 +31,50 @@ def untold(tmp_path, monkeypatch):
         jax.config.update(name, value)
 
 
-def test_a_folder_of_the_user_for_each_kind_of_cpu(untold, monkeypatch):
+def test_a_folder_of_the_user(untold):
     folder = compiled_programs.keep_compiled_programs()
     assert folder is not None and folder.parent == untold / "bilevel_jax" / "compiled" and folder.is_dir()
     assert jax.config.jax_compilation_cache_dir == str(folder)
     assert compiled_programs.keep_compiled_programs() is None  # it has been told now
 
-    jax.config.update("jax_compilation_cache_dir", None)
-    monkeypatch.setattr(compiled_programs.platform, "machine", lambda: "another")
-    assert compiled_programs.keep_compiled_programs() != folder
+
+def test_a_name_for_each_kind_of_cpu(tmp_path):
+    kinds = []
+    for flags in ("flags : sse avx2", "flags : avx2 sse", "flags : sse avx2 avx512f", "Features : neon"):
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
+        kinds.append(compiled_programs._cpu_kind(tmp_path / "cpuinfo"))
+    assert kinds[0] == kinds[1] and len(set(kinds)) == 3
+    assert compiled_programs._cpu_kind(tmp_path / "absent")  # as on other systems
+
+
+def test_what_was_written_first_is_removed(tmp_path):
+    for age, name in enumerate(("new", "old", "oldest")):
+        (tmp_path / name).write_bytes(bytes(10))
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    (tmp_path / "folder").mkdir()
+    compiled_programs.remove_oldest(tmp_path, 20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "new", "old"]
+    compiled_programs.remove_oldest(tmp_path, 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
+
+
+def test_what_the_user_told_jax_stays(untold, monkeypatch):
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "5")
+    assert compiled_programs.keep_compiled_programs()
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == before
+
+
+@pytest.mark.parametrize("told", ["nothing", "a key", "a variable"])
+def test_the_command_line_keeps_them_for_a_process_that_is_alone(untold, monkeypatch, told):
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    if told == "a variable":
+        monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    distributed = SimpleNamespace(coordinator_address="127.0.0.1:1" if told == "a key" else "")
+    config = SimpleNamespace(distributed=distributed)
+    monkeypatch.setattr(cli, "_import", lambda name: lambda config: SimpleNamespace(summary="done"))
+    assert cli._call("run_command", config) == "done"
+    assert (jax.config.jax_compilation_cache_dir is not None) == (told == "nothing")
 
 
 def test_who_wants_none_has_none(untold):
@@ -47,11 +83,13 @@ def test_who_wants_none_has_none(untold):
     assert jax.config.jax_compilation_cache_dir is None and not list(untold.iterdir())
 
 
-@pytest.mark.parametrize("home", ["a file", "no home"])
+@pytest.mark.parametrize("home", ["a file", "no home", "read-only"])
 def test_where_none_can_be_made_the_run_goes_on(untold, monkeypatch, home):
     (untold / "file").write_text("")
     if home == "a file":
         monkeypatch.setenv("XDG_CACHE_HOME", str(untold / "file"))
+    elif home == "read-only":
+        monkeypatch.setattr(compiled_programs.os, "access", lambda path, mode: False)
     else:
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setattr(compiled_programs.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
@@ -62,7 +100,7 @@ def test_where_none_can_be_made_the_run_goes_on(untold, monkeypatch, home):
 SCRIPT = """
 import jax, jax.numpy as jnp
 from bilevel_jax.runs import compiled_programs
-compiled_programs.SECONDS = 0
+compiled_programs.DEFAULTS["jax_persistent_cache_min_compile_time_secs"] = 0
 compiled_programs.keep_compiled_programs()
 hits = []
 jax.monitoring.register_event_listener(lambda name, **more: hits.append(name))

@@ -53,7 +53,7 @@ def initialize_distributed(
     values that all processes must have alike, such as the keys of a config. Raises ValueError in every process where
     the processes do not find each other, do not fit together, or differ in one of these.
     """
-    coordinator = distributed.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    coordinator = find_coordinator(distributed)
     if not coordinator or jax.distributed.is_initialized():
         return
     num_processes = distributed.num_processes or _read_number("JAX_NUM_PROCESSES", 0)
@@ -69,6 +69,11 @@ def initialize_distributed(
     _meet(coordinator, num_processes, process_id, distributed.initialization_timeout)
     require_agreement("the start", list_shared())
     _initialize_jax(coordinator, num_processes, process_id)
+
+
+def find_coordinator(distributed: DistributedSection) -> str:
+    """host:port of the first process, or auto; empty for a run that is alone."""
+    return distributed.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
 
 
 def is_multiprocess() -> bool:

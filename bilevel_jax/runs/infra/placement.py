@@ -128,8 +128,8 @@ def cache_stream(mesh: Mesh, stream: Stream) -> Stream:
 
 
 def keep_batches(stream: Stream, limit: int = KEPT_BATCHES) -> Stream:
-    """The same stream, which keeps batches that it has made, the first `limit` bytes of them: for one that is read
-    forth and back. Where training steps are small, making and moving a batch takes longer than a step."""
+    """The same stream, which keeps batches that it has made, the first `limit` bytes of them (a copy on several devices
+    counts once): for one that is read forth and back, and would make and move each batch anew."""
     kept: dict[int, Batch] = {}
     room = limit
 

@@ -1,9 +1,12 @@
 """Streams whose batches are kept."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from bilevel_jax.core.types import Stream
+from bilevel_jax.runs.engine.folds import turn_training_stream
 from bilevel_jax.runs.infra.placement import keep_batches
 
 
@@ -20,3 +23,16 @@ def test_batches_are_made_once_as_far_as_they_fit(limit, kept):
         assert (stream.batch(step)["index"] == step).all()
     assert stream.steps == 4
     assert made == [0, 1, 2, 3, *reversed(range(kept, 4))]
+
+
+def test_the_outer_loop_keeps_them():
+    made = []
+
+    def batch(step):
+        made.append(step)
+        return {"index": np.zeros(1)}
+
+    stream = turn_training_stream(SimpleNamespace(training_stream=lambda seed: Stream(batch, 2)), 0, None)
+    for step in (0, 1, 1, 0):
+        stream.batch(step)
+    assert made == [0, 1]
