@@ -1,16 +1,17 @@
 """Mixtures of data sources: a few hypergradients beside a regression over proxy runs.
 
-    python -m tests.benchmarks.mixtures out/mixtures --shared ../shared
+    python -m tests.benchmarks.mixtures out/mixtures --tasks builtin --seeds 3
+    python -m tests.benchmarks.mixtures out/mixtures --tasks stories --seeds 6 --shared ../shared
 
 Two tasks. `builtin`: configs/compare_mixtures.yaml, seven sources of known worth. `stories`: six sources of 24 texts
-(of stories 8) for the 260-thousand-parameter model, and other stories to judge; needs --shared. Every method finds a
+(of stories 8) for the 260-thousand-parameter model, and other stories to judge, from --shared. Every method finds a
 mixture from validation alone; then it is trained on twice, under other orders of the data, and read on test, which
 steered nothing. Proxies, learned weights and retrains all realise a mixture as loss weights of the examples.
 
 `trainings` are passes over those of one training: an exact hypergradient (`unrolled`) costs 5, for the training, its
 replay and three for the products of the way back, `window` less, as it goes back through a part; a proxy costs 1. The
-oracle is the best of 64 drawn mixtures by test loss, read again under orders that did not choose it. Learning rate,
-window and the forms of the fit were chosen on seed 100 of the builtin task, which is not in the table.
+random search is the best of 64 drawn mixtures by test loss, read again under orders that did not choose it. Learning
+rate, window and the forms of the fit were chosen on seed 100 of the builtin task, which is not in the table.
 
 Said beforehand: a method is as good as the fit over 16 proxies where the upper end of the 95 % interval of the paired
 difference in test loss, over seeds, is at most MARGIN of the fit's gain over the natural mixture. What is finished in
@@ -48,20 +49,24 @@ RETRAINS = 2
 REFERENCE = "fit, 16"
 
 
+FITS = {"fit, 8": slice(8), REFERENCE: slice(16)}
+MORE_FITS = {"fit, 16 others": slice(16, 32), "fit, 32": slice(32)}
+
+
 class Plan(NamedTuple):
     """What is compared on a task."""
 
     sweeps: dict[str, tuple[int, ...]]
     """Methods of the outer loop, and their numbers of hypergradients."""
-    proxies: tuple[int, ...]
-    """Numbers of proxies to fit; the fits share them."""
+    fits: dict[str, slice]
+    """The proxies of each fit, in the order in which they were drawn."""
     num_searched: int
-    """Drawn mixtures of the oracle's search beside the proxies; 0: no oracle."""
+    """Drawn mixtures of the random search beside the proxies; 0: none."""
 
 
 PLANS = {
-    "builtin": Plan({"unrolled": (1, 2), "window": (1, 2, 4, 8), "alignment": (3,)}, (8, 16, 32), 32),
-    "stories": Plan({"unrolled": (1,), "window": (2,), "alignment": (1,)}, (8, 16), 0),
+    "builtin": Plan({"unrolled": (1, 2), "window": (1, 2, 4, 8), "alignment": (3,)}, FITS | MORE_FITS, 32),
+    "stories": Plan({"unrolled": (1,), "window": (2,), "alignment": (1,)}, FITS, 0),
 }
 PENALTY_TRAININGS = 4
 """Budget of `penalty`: with its second model a step costs 3, so it is one run a third longer than a training."""
@@ -70,16 +75,16 @@ JUDGED = ("window, 2", "alignment, 3", "alignment, 1", "penalty", "unrolled, 1")
 Line = dict[str, Any]
 
 
-def measure(folder: Path, seeds: int, shared: Path | None) -> None:
+def measure(folder: Path, tasks: list[str], seeds: int, shared: Path) -> None:
     """Run what the file does not hold, and print the tables."""
     folder.mkdir(parents=True, exist_ok=True)
-    for task_name in ("builtin", *(("stories",) if shared else ())):
+    for task_name in tasks:
         for seed in range(seeds):
             measure_seed(folder, task_name, seed, shared)
         print_table(read_lines(folder / "lines.jsonl"), task_name)
 
 
-def measure_seed(folder: Path, task_name: str, seed: int, shared: Path | None) -> None:
+def measure_seed(folder: Path, task_name: str, seed: int, shared: Path) -> None:
     """Add the lines of one seed to `folder`/lines.jsonl: a mixture each, with its test losses."""
     lines, work = folder / "lines.jsonl", folder / f"{task_name}-{seed}"
     held = {(line["task"], line["seed"], line["name"]) for line in read_lines(lines)}
@@ -146,17 +151,19 @@ def find_mixtures(
             yield name, budget / task.num_steps, partial(learn, name, method, budget)
     yield "penalty", PENALTY_TRAININGS, partial(learn, "penalty", "penalty", PENALTY_TRAININGS * task.num_steps)
 
+    num_proxies = max(chosen.stop for chosen in plan.fits.values())
+
     def run_proxies() -> list[dict[str, Any]]:
-        most = replace(sections.compare, proxy_runs=max(plan.proxies))
+        most = replace(sections.compare, proxy_runs=num_proxies)
         return train_proxies(task, sections._replace(compare=most), session.part_session("proxies"))
 
-    def fit(count: int) -> np.ndarray:
-        records = run_proxies()[:count]
+    def fit(chosen: slice) -> np.ndarray:
+        records = run_proxies()[chosen]
         mixtures, losses = (np.array([record[key] for record in records]) for key in ("mixture", "judged"))
         return choose_mixture(sources.natural, mixtures, losses, (sections.data.seed, 6))[0]
 
-    for count in plan.proxies:
-        yield f"fit, {count}", float(count), partial(fit, count)
+    for name, chosen in plan.fits.items():
+        yield name, float(chosen.stop - (chosen.start or 0)), partial(fit, chosen)
 
     def search() -> np.ndarray:
         tried = [(record["loss"]["test"], np.array(record["mixture"])) for record in run_proxies()]
@@ -165,17 +172,16 @@ def find_mixtures(
         return min(tried, key=lambda pair: pair[0])[1]
 
     if plan.num_searched:
-        yield "oracle", float(plan.num_searched + max(plan.proxies)), search
+        yield "random search", float(plan.num_searched + num_proxies), search
 
 
 # ---- the tasks
 
 
-def load_task(name: str, folder: Path, seed: int, shared: Path | None) -> CompareConfig:
+def load_task(name: str, folder: Path, seed: int, shared: Path) -> CompareConfig:
     """The config of a task under one seed."""
     flags = ["--data.seed", str(seed), "--train.seed", str(seed), "--output.no-progress", "--mesh.data", "1"]
     if name == "stories":
-        assert shared is not None
         write_stories(shared, folder, seed)
         flags += [
             "--model.name-or-path", str(shared / "models" / MODEL), "--data.train", str(folder / "train.jsonl"),
@@ -264,7 +270,8 @@ def print_table(lines: list[Line], task_name: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--tasks", nargs="+", choices=list(PLANS), default=list(PLANS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--shared", type=Path)
+    parser.add_argument("--shared", type=Path, default=Path("../shared"))
     given = parser.parse_args()
-    measure(given.folder, given.seeds, given.shared)
+    measure(given.folder, given.tasks, given.seeds, given.shared)

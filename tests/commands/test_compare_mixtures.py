@@ -157,7 +157,16 @@ def test_stopped_among_the_proxies_and_resumed_changes_no_number(config, whole, 
 def test_text_of_several_sources_has_uniform_and_stratified_in_any_case(tmp_path):
     flags = ["--compare.seeds", "1", "--train.max-steps", "8", "--compare.budget", "64", "--compare.proxy-runs", "6"]
     flags += ["--compare.methods", "proxy_fit", "window", "penalty", "--compare.baselines", "validation"]
-    flags += ["--outer.window", "2", "--mesh.data", "1", "--out", str(tmp_path / "run")]
+    flags += [
+        "--outer.window",
+        "2",
+        "--optimizer.warmup-steps",
+        "2",
+        "--mesh.data",
+        "1",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     result = compare(load_config(CompareConfig, "configs/compare_mixtures.yaml", flags))
     assert [row["name"] for row in result["rows"]] == [
         "validation", "uniform", "stratified", "proxy_fit", "window", "penalty"
