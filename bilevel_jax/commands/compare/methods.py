@@ -129,8 +129,11 @@ def _run_outer_loop_within_budget(
 
 def _takes_last_step(task: Task, outer: OuterSection) -> bool:
     """Whether the weights are those after the last step, with which nothing was trained yet, so that one outer step is
-    enough: mixtures of sources, where no dev example could have chosen an earlier step."""
-    return outer.weighting == "per_source" and "dev" not in task.held_out_streams
+    enough: mixtures of sources, where no dev example could have chosen an earlier step.
+
+    Not with folds, whose own weight is that of the last training.
+    """
+    return outer.weighting == "per_source" and "dev" not in task.held_out_streams and not outer.validation_folds
 
 
 def _run_proxies(task: Task, sections: MethodSections, session: Session, budget: float) -> MethodResult:
