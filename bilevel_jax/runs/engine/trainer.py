@@ -87,6 +87,8 @@ class Trainer:
         self._backward_pass_of_each: BackwardPass | None = None
         self._backward_pass_with_highest: BackwardPass | None = None
         """Of several outer losses, the last of them with products of the highest precision."""
+        self._told_steps: set[int] = set()
+        """Outer steps of whose middle it was told that it is of another layout."""
         self._step_back_work = backward_step_work(1)
         """Of all outer losses that go back side by side, in training steps."""
         if outer.method in ("unrolled", "window"):
@@ -284,7 +286,7 @@ class Trainer:
         def pause() -> None:
             if self.session.should_save():
                 if outer_step is not None:
-                    self._save_mid_step(outer_step, run.end, run.snapshots, backward_state, num_losses)
+                    self._save_mid_step(outer_step, run.start, run.end, run.snapshots, backward_state, num_losses)
                 self.session.mark_saved()
 
         self._pause = pause
@@ -421,11 +423,12 @@ class Trainer:
         weights: jax.Array,
     ) -> None:
         """Save a training run in its middle."""
-        self._save_mid_step(outer_step, state, snapshots, self._empty_backward_state(start, weights))
+        self._save_mid_step(outer_step, start, state, snapshots, self._empty_backward_state(start, weights))
 
     def _save_mid_step(
         self,
         outer_step: int,
+        start: TrainState,
         state: TrainState,
         snapshots: MutableMapping[int, TrainState],
         backward_state: BackwardState,
@@ -436,12 +439,31 @@ class Trainer:
         if isinstance(snapshots, trajectory_store.DiskStore):
             snapshots.wait_until_written()
         midway = MidStepCheckpoint(state, [snapshots[step] for step in steps], backward_state)
-        meta = {"kept": steps, "losses": num_losses}
+        meta = {"kept": steps, "losses": num_losses, "layout": self._describe_layout(start)}
         checkpoint.save_checkpoint(self.folder, outer_step, midway, meta, max_to_keep=1)
+
+    def _describe_layout(self, start: TrainState) -> dict[str, Any]:
+        """What the bits of a training depend on beside its numbers: the mesh, how its state is split, the processes."""
+        mesh = self.task.mesh
+        return {
+            "mesh": f"{mesh.shape['data']} x {mesh.shape['fsdp']}",
+            "processes": jax.process_count(),
+            "parts": [list(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(start)],
+        }
 
     def _load_mid_step(self, outer_step: int, start: TrainState, weights: jax.Array) -> "RestoredMidStep | None":
         meta = checkpoint.read_checkpoint_meta(self.folder, outer_step)
         if meta is None:
+            return None
+        layout = self._describe_layout(start)
+        saved = meta.get("layout", layout)
+        if saved != layout:  # replayed steps would not have the bits of those that were trained there
+            if outer_step not in self._told_steps:
+                self._told_steps.add(outer_step)
+                self.session.print_line(
+                    f"outer step {outer_step} was stopped in its middle on {_name_layout(saved)}; on "
+                    f"{_name_layout(layout)} it is made again from its start"
+                )
             return None
         empty = self._empty_backward_state(start, weights, meta["losses"])
         like = MidStepCheckpoint(start, [start] * len(meta["kept"]), empty)
@@ -535,6 +557,12 @@ def _split_losses(estimates: Estimate, extra_names: list[str]) -> Estimate:
 def _add_grads(estimate: Estimate, grads: dict[str, Hyper]) -> Estimate:
     independent = (grads["dev"], grads["dev_half_difference"]) if "dev" in grads else ()
     return estimate._replace(half_difference=grads.get("half_difference", ()), independent=independent)
+
+
+def _name_layout(layout: dict[str, Any]) -> str:
+    """In words, as `Trainer._describe_layout` describes it."""
+    count = layout["processes"]
+    return f"{layout['mesh']} devices of {count} process{'es' * (count > 1)}"
 
 
 def delete_stored_states(run: Trajectory) -> None:
