@@ -128,3 +128,19 @@ def test_train_goes_on_elsewhere(layout, made, tmp_path, stop_where, eight_devic
         assert record["step"] == other["step"]
         for part, loss in other["loss"].items():
             np.testing.assert_allclose(record["loss"][part], loss, rtol=1e-9, err_msg=part)
+
+
+def test_refine_goes_on_elsewhere(made, tmp_path, stop_where, eight_devices):
+    """In its second training of a round: the responses of that round are of the same model, wherever it lies."""
+    whole = run("refine", made, tmp_path / "whole", *SMALL, *LAYOUTS["8 x 1"])
+    stop_where(lambda now: now.phase == "round 1: unrolled" and now.counts == 3)
+    run("refine", made, tmp_path / "run", *SMALL, *LAYOUTS["8 x 1"], code=128 + signal.SIGTERM)
+    stored = (tmp_path / "run" / "checkpoints" / "responses.jsonl").read_bytes()
+    out = run("refine", made, tmp_path / "run", *SMALL, *LAYOUTS["2 x 2"], "--resume")
+    assert (out / "checkpoints" / "responses.jsonl").read_bytes().startswith(stored)
+    found, wanted = (pq.read_table(one / "responses.parquet").to_pydict() for one in (out, whole))
+    assert found["id"] == wanted["id"] and found["text"] == wanted["text"]
+    np.testing.assert_allclose(found["weight"], wanted["weight"], rtol=1e-9)  # float64, sums in another order
+    for record, other in zip(read(out)["records"], read(whole)["records"], strict=True):
+        assert (record["accepted"], record["best"]) == (other["accepted"], other["best"])
+        np.testing.assert_allclose(record["present"], other["present"], rtol=1e-9)

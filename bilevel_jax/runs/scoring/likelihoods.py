@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Float, UInt32
 
 from bilevel_jax.core.types import Batch, Params, Stream
 from bilevel_jax.lm.data.examples import Example
@@ -305,15 +305,35 @@ def train_and_validation_rows(task: TextTask) -> tuple[TokenizedExamples, Tokeni
 
 
 def fingerprint_params(params: Params) -> str:
-    """16 hex digits of all parameters: of the sum and the sum of squares of each, so that they stay on the device."""
-    moments = _moments(params)
-    digest = hashlib.sha256(b"".join(np.asarray(moment).tobytes() for moment in jax.tree.leaves(moments))).digest()
+    """16 hex digits of the bits of all parameters, which stay on the device: the same in any layout, on any devices."""
+    digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in _checksums(params))).digest()
     return distributed.fetch_from_first(np.frombuffer(digest[:8], np.uint8)).tobytes().hex()
 
 
 @jax.jit
-def _moments(params: Params) -> list[jax.Array]:
-    return [jnp.stack([leaf.sum(), (leaf * leaf).sum()]) for leaf in jax.tree.leaves(params)]
+def _checksums(params: Params) -> list[UInt32[jax.Array, "2"]]:
+    """Two sums for each array, in integers modulo 2^32: unlike sums of floats they are the same in any order."""
+    return [_checksum(leaf) for leaf in jax.tree.leaves(params)]
+
+
+def _checksum(leaf: jax.Array) -> UInt32[jax.Array, "2"]:
+    """The sums of the bits of each entry, mixed, times odd numbers that tell its place."""
+    word = jnp.uint32 if leaf.dtype.itemsize >= 4 else jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint8
+    bits = jax.lax.bitcast_convert_type(leaf, word).astype(jnp.uint32)  # of 64 bits two words, along a new last axis
+    place, stride = jnp.zeros(bits.shape, jnp.uint32), 1
+    for axis in reversed(range(bits.ndim)):
+        place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= bits.shape[axis]
+    odd = 2 * place + 1
+    mixed = bits * jnp.uint32(0x9E3779B1)  # the golden ratio, as multiplicative hashing takes it
+    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA77)
+    sums = jax.lax.reduce(  # both at once: one by one each would take a copy of the array
+        (bits * odd, (mixed ^ (mixed >> 13)) * odd),
+        (jnp.uint32(0), jnp.uint32(0)),
+        lambda one, other: (one[0] + other[0], one[1] + other[1]),
+        range(bits.ndim),
+    )
+    return jnp.stack(sums)
 
 
 def _prompt_format(tokenizer: Tokenizer, settings: ScoresSection) -> incontext.DemonstrationFormat:

@@ -104,6 +104,25 @@ def test_parameters_split_over_two_processes(made, whole, tmp_path):
     assert far(out, whole / "1") < 1e-9
 
 
+@pytest.mark.parametrize("fsdp", [2, 4])
+def test_implicit_with_split_parameters(fsdp, made, tmp_path):
+    """2 x 2 devices, by conjugate gradients: each copy of the parameters lies with one process, or the only one with
+    both."""
+    flags = (
+        *SMOOTH, "--outer.method", "implicit", "--outer.proximal", "0.5", "--outer.max-iterations", "6",
+        "--outer.steps", "1", "--train.max-steps", "4", "--certify.no-enabled", "--retrain.variants", "uniform",
+        "learned",
+    )  # fmt: skip
+    for processes, layout in ((1, ()), (2, ("--mesh.fsdp", str(fsdp)))):
+        running = launch(made, tmp_path / str(processes), processes, *flags, *layout, devices=4)
+        assert ended(running) == [0] * processes, log(tmp_path / str(processes), 0)
+    assert far(tmp_path / "2", tmp_path / "1") < 1e-9
+    one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in "12")
+    for ours, theirs in zip(two["records"], one["records"], strict=True):
+        assert ours["checks"]["steps"] == theirs["checks"]["steps"] > 1
+        np.testing.assert_allclose(ours["checks"]["residual"], theirs["checks"]["residual"], rtol=1e-9)
+
+
 def test_targets_in_two_processes(made, files, tmp_path):  # noqa: F811
     """Pairs of two sources, whose reference model is read once, and a function of the parameters."""
     given = flags(made, files, *SEVERAL, f"{files}/targets.py:distance")[1:]
