@@ -35,6 +35,9 @@ COMMANDS = {
     "audit": Command(
         "AuditConfig", "test data scores and hypergradients by leave-k-out retraining"
     ),
+    "tune": Command(
+        "TuneConfig", "find a setting of training at which exact hypergradients can be believed"
+    ),
     "rank": Command(
         "RankConfig", "rank response generation strategies for a model, without training"
     ),

@@ -25,6 +25,7 @@ from bilevel_jax.runs.config.flags import (
     NOT_IN_OWN_EVALUATION,
     NOT_IN_REFINE,
     NOT_IN_SCORE,
+    NOT_IN_TUNE,
     SHORT_FLAGS,
     parse_flags,
 )
@@ -69,7 +70,7 @@ def test_help_shows_the_keys_that_most_runs_set_and_help_all_the_rest(name, caps
     short = capsys.readouterr().out
     common = {f"--{section}.{key}".replace("_", "-") for section, keys in COMMON_KEYS.items() for key in keys}
     own = dict.fromkeys(("select", "train"), NOT_IN_OWN_EVALUATION)
-    own |= {"refine": NOT_IN_REFINE, "compare": NOT_IN_COMPARE}
+    own |= {"refine": NOT_IN_REFINE, "compare": NOT_IN_COMPARE, "tune": NOT_IN_TUNE}
     unused = ({"score": NOT_IN_SCORE, "evaluate": NOT_IN_EVALUATE} | own).get(name, ())
     common -= {f"--{key}".replace("_", "-") for key in unused}
     assert flags_in(short) == common & flags_of(config_class) and 1 < len(flags_in(short)) <= 30

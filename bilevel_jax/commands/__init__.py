@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; at run time the names 
         score,
         select,
         train,
+        tune,
     )
     from bilevel_jax.commands.results import (
         AuditResult,
@@ -43,6 +44,8 @@ if TYPE_CHECKING:  # what type checkers and editors read; at run time the names 
         ScoreResult,
         SelectResult,
         TrainResult,
+        TriedSetting,
+        TuneResult,
         read_result,
     )
     from bilevel_jax.runs.config import schema
@@ -58,11 +61,13 @@ if TYPE_CHECKING:  # what type checkers and editors read; at run time the names 
         ScoreConfig,
         SelectConfig,
         TrainConfig,
+        TuneConfig,
     )
     from bilevel_jax.runs.infra.session import Interrupted
 
 COMMAND_NAMES = (
     "audit", "compare", "estimate", "evaluate", "export", "inspect", "rank", "refine", "score", "select", "train",
+    "tune",
 )  # fmt: skip
 __all__ = [
     "AuditConfig",
@@ -91,6 +96,9 @@ __all__ = [
     "SelectResult",
     "TrainConfig",
     "TrainResult",
+    "TriedSetting",
+    "TuneConfig",
+    "TuneResult",
     "audit",
     "compare",
     "estimate",
@@ -104,11 +112,12 @@ __all__ = [
     "score",
     "select",
     "train",
+    "tune",
 ]
 _HOMES = {
     "bilevel_jax.commands.functions": COMMAND_NAMES,
     "bilevel_jax.commands.results": [
-        name for name in __all__ if name.endswith(("Result", "_result", "Part", "Removals"))
+        name for name in __all__ if name.endswith(("Result", "_result", "Part", "Removals", "Setting"))
     ],
     "bilevel_jax.runs.config.load": [*(name for name in __all__ if name.endswith("Config")), "schema"],
     "bilevel_jax.runs.infra.session": ["Interrupted"],

@@ -30,6 +30,7 @@ from bilevel_jax.commands.results import (
     ScoreResult,
     SelectResult,
     TrainResult,
+    TuneResult,
     read_run,
 )
 from bilevel_jax.runs.config.load import (
@@ -45,6 +46,7 @@ from bilevel_jax.runs.config.load import (
     ScoreConfig,
     SelectConfig,
     TrainConfig,
+    TuneConfig,
     load_config,
 )
 from bilevel_jax.runs.config.python_values import make_config, make_config_to_estimate
@@ -58,6 +60,7 @@ AnyConfig = (
     | TrainConfig
     | CompareConfig
     | AuditConfig
+    | TuneConfig
     | RankConfig
     | RefineConfig
     | ScoreConfig
@@ -178,6 +181,32 @@ def audit(config: AuditConfig | ConfigLike = None, **sections: Any) -> AuditResu
         >>> result.use, result.scores["alignment_end"]  # doctest: +SKIP
     """
     return _run(AuditConfig, config, sections)
+
+
+def tune(config: TuneConfig | ConfigLike = None, **sections: Any) -> TuneResult:
+    """Find a setting of training at which exact hypergradients can be believed, by a few runs with uniform weights.
+
+    Args:
+        config: a `TuneConfig`, a dict of sections or the name of a YAML file, as of a run of `select` whose verdict is
+            DO NOT BELIEVE or UNDECIDED; None for the defaults of the keys.
+        **sections: as of `select`, and tune: the values to try, the budget and how much loss may rise. With one .npz in
+            data.train also arrays, as of `audit`.
+
+    Returns:
+        The settings that were tried with their losses and verdicts, the proposed one, and where the config with it is.
+
+    Raises:
+        ValueError: and other errors as `select` does, for several processes, too; a training that diverges is no error
+            but a setting that does not hold.
+
+    Example:
+        >>> result = bj.commands.tune("configs/quickstart.yaml", output={"dir": "out/tune"})  # doctest: +SKIP
+        >>> bj.commands.select(result.tuned)  # doctest: +SKIP
+
+    Wrong when:
+        its verdict is taken for one at learned weights: it is at uniform weights, and `select` certifies again.
+    """
+    return _run(TuneConfig, config, sections)
 
 
 def rank(config: RankConfig | ConfigLike = None, **sections: Any) -> RankResult | RankRecordsResult:

@@ -22,6 +22,7 @@ from bilevel_jax.runs.config.load import (
     ScoreConfig,
     SelectConfig,
     TrainConfig,
+    TuneConfig,
     load_config,
 )
 from bilevel_jax.runs.config.yaml_reader import field_types, read_yaml
@@ -232,6 +233,50 @@ class AuditResult:
             "summary": self.summary,
             "use": str(self.use),
             "scores": f"{', '.join(self.scores)} of {len(self.ids):,} examples",
+        }
+        return _describe(self, lines)
+
+
+@dataclass(frozen=True, eq=False)
+class TriedSetting:
+    """A setting that `tune` trained once with uniform weights."""
+
+    name: str
+    """What differs from the config's own setting, in words."""
+    values: dict[str, Any]
+    """The same as keys of the config, "section.key", and values; {} is the config's own."""
+    losses: dict[str, float | None]
+    """Of validation, dev and test; empty where training failed."""
+    smoothness: float | None
+    """The cosine of the first draw of metasmoothness; None where it was not measured."""
+    verdict: Verdict | None
+    """None where not all certificates were computed."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TuneResult:
+    """The settings that `tune` tried, and the one that it proposes."""
+
+    folder: Path
+    report: Path
+    summary: str
+    """What is proposed and what it costs in loss, or the closest setting."""
+    config: TuneConfig
+    result: dict[str, Any]
+    """What result.json holds; `rows` has every setting with its certificates."""
+    settings: tuple[TriedSetting, ...]
+    """In the order in which they were tried; the first is the config's own."""
+    proposed: TriedSetting | None
+    """One of `settings`; None where none holds within tune.max_loss_increase."""
+    tuned: Path | None
+    """tuned.yaml, the config with the proposed setting, ready for `select`."""
+
+    def __repr__(self) -> str:
+        levels = [setting.verdict.level for setting in self.settings if setting.verdict]
+        lines = {
+            "summary": self.summary,
+            "settings": f"{len(self.settings)} trained, {len(levels)} certified, {levels.count('BELIEVE')} hold",
+            "tuned": str(self.tuned),
         }
         return _describe(self, lines)
 
@@ -482,6 +527,7 @@ RunResult = (
     | TrainResult
     | CompareResult
     | AuditResult
+    | TuneResult
     | RankResult
     | RankRecordsResult
     | RefineResult
@@ -613,6 +659,22 @@ def _read_audit(shared: dict[str, Any], result: dict[str, Any], folder: Path) ->
     )
 
 
+def _read_tune(shared: dict[str, Any], result: dict[str, Any], folder: Path) -> TuneResult:
+    settings = tuple(
+        TriedSetting(
+            row["name"], row["setting"], row["losses"], row["draw"], row["verdict"] and Verdict(**row["verdict"])
+        )
+        for row in result["rows"]
+    )
+    return TuneResult(
+        **shared,
+        summary=result["sentence"],
+        settings=settings,
+        proposed=next((one for one in settings if one.name == result["proposed"]), None),
+        tuned=folder / "tuned.yaml" if result["proposed"] else None,
+    )
+
+
 def _score_column(name: str) -> str:
     """The column of a score: `loss, start` of the tables is loss_start."""
     return name.replace(", ", "_")
@@ -731,7 +793,7 @@ def _with_evaluation(summary: str, result: Mapping[str, Any]) -> str:
 _READERS: Mapping[str, Any] = {
     "select": _read_select, "train": _read_train, "compare": _read_compare,
     "audit": _read_audit, "rank": _read_rank, "refine": _read_refine, "score": _read_score,
-    "evaluate": _read_evaluate,
+    "evaluate": _read_evaluate, "tune": _read_tune,
 }  # fmt: skip
 """The commands that make a run's folder, and what reads it."""
 

@@ -24,7 +24,7 @@ from bilevel_jax.runs.budget.work import audit_vmap_size, count_audit_work
 from bilevel_jax.runs.config.load import AuditConfig, config_hash
 from bilevel_jax.runs.config.rules import reads_array_data
 from bilevel_jax.runs.config.schema import EXACT_ESTIMATOR, DataSection, EstimatorName, OuterSection
-from bilevel_jax.runs.engine.certificates import compute_certificates
+from bilevel_jax.runs.engine.certificates import GradientPoint, compute_certificates
 from bilevel_jax.runs.engine.trainer import (
     HVP_WORK,
     REPLAY_WORK,
@@ -47,17 +47,12 @@ from bilevel_jax.runs.scoring.scores import (
     check_score_name,
     load_or_compute_score,
 )
-from bilevel_jax.runs.tasks import splits
-from bilevel_jax.runs.tasks.arrays import (
-    build_array_model,
-    label_array_data,
-    prepare_array_task,
-    read_npz_dataset,
-)
-from bilevel_jax.runs.tasks.builtin import resolve_builtin
+from bilevel_jax.runs.tasks.arrays import label_array_data
 from bilevel_jax.runs.tasks.evaluation import count_examples, held_out_indices, is_validation_trainable
+from bilevel_jax.runs.tasks.prepare import build_task, load_data
 from bilevel_jax.runs.tasks.protocol import Task
-from bilevel_jax.runs.tasks.text import TextTask, prepare_text_task
+from bilevel_jax.runs.tasks.splits import DataSplits
+from bilevel_jax.runs.tasks.text import TextTask
 
 
 class UniformTraining(NamedTuple):
@@ -99,32 +94,10 @@ def exact_outer(config: AuditConfig) -> OuterSection:
 
 def prepare_audit_task(config: AuditConfig, folder: Path) -> Task:
     """The task: arrays with wrong labels, or text."""
-    proximal_strength = config.outer.proximal
-    if reads_array_data(config):
-        dataset = read_npz_dataset(config.data.train[0])
-        model = build_array_model(
-            dataset,
-            config.arrays,
-            model=config.model,
-            optimizer=config.optimizer,
-            max_steps=config.train.max_steps,
-            proximal_strength=proximal_strength,
-        )
-        return prepare_array_task(
-            dataset, model, config.arrays, folder, train=config.train, mesh=config.mesh, data_seed=config.data.seed
-        )
-    resolved = resolve_builtin(config, folder)
-    text = splits.load_splits(resolved.data)
-    check_embeddings(config.scores, text.train, text.held_out["validation"])
-    return prepare_text_task(
-        resolved,
-        text,
-        folder,
-        num_steps=config.train.max_steps,
-        seeds=[config.data.seed],
-        proximal_strength=proximal_strength,
-        target=config.target,
-    )
+    resolved, dataset = load_data(config, folder)
+    if isinstance(dataset, DataSplits):
+        check_embeddings(config.scores, dataset.train, dataset.held_out["validation"])
+    return build_task(resolved, dataset, folder, seeds=[config.data.seed])
 
 
 def list_cheap_scores(config: AuditConfig) -> list[str]:
@@ -385,20 +358,18 @@ def certify_exact(
     if not exact_record or not config.certify.enabled:
         return None
     slopes = next(-score.values for score in estimate_scores if score.name == EXACT_ESTIMATOR)
-    return compute_certificates(
-        task,
-        uniform_training.trainer,
-        session,
-        config.certify,
-        name="uniform weights",
-        weights=np.ones(task.num_examples),
-        hypergradient=slopes,
-        validation_loss=exact_record["value"],
-        checks=Checks(**exact_record["checks"]),
+    point = GradientPoint(
+        "uniform weights",
+        np.ones(task.num_examples),
+        slopes,
+        exact_record["value"],
+        Checks(**exact_record["checks"]),
         start_seed=config.train.seed,
         order_seed=config.data.seed,
         data_seed=config.data.seed,
-    )._replace(reliability=exact_record["reliability"])
+    )
+    certificates = compute_certificates(task, uniform_training.trainer, session, config.certify, point)
+    return certificates._replace(reliability=exact_record["reliability"])
 
 
 def correlate_with_difficulty(

@@ -10,13 +10,12 @@ from bilevel_jax.commands.select import report
 from bilevel_jax.commands.select.arms import build_arms
 from bilevel_jax.commands.select.contradictions import apply_contradictions
 from bilevel_jax.core import certify
-from bilevel_jax.core.types import Checks, Params
+from bilevel_jax.core.types import Params
 from bilevel_jax.runs.budget import usage, work
 from bilevel_jax.runs.config.load import SelectConfig, config_hash
 from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS
 from bilevel_jax.runs.engine import artifacts, raters
-from bilevel_jax.runs.engine.certificates import compute_certificates
-from bilevel_jax.runs.engine.folds import take_turn
+from bilevel_jax.runs.engine.certificates import certificates_to_json, compute_certificates, point_of_step
 from bilevel_jax.runs.engine.outer_loop import LearnedWeights, data_order_seed, run_outer_loop
 from bilevel_jax.runs.engine.recommendation import NOT_COMPARED, recommend, recommend_nothing
 from bilevel_jax.runs.engine.reliability import average_reliability_near
@@ -133,7 +132,7 @@ def _run_selection(
     result = _build_result(task, config, session, learned, single_loop_result)
     result |= comparison
     result |= {
-        "certificates": {name: _certificates_to_dict(value) for name, value in certificates_by_weights.items()},
+        "certificates": {name: certificates_to_json(value) for name, value in certificates_by_weights.items()},
         "verdicts": {name: value._asdict() for name, value in verdicts.items()},
         "verdict": {**verdict._asdict(), "sentence": _describe_verdicts(verdicts, difficulty["sentence"])},
         "difficulty": difficulty,
@@ -191,34 +190,16 @@ def _certify(
     task: TextTask, config: SelectConfig, trainer: Trainer, session: Session, learned: LearnedWeights
 ) -> dict[str, certify.Certificates]:
     """Certificates of the gradient at uniform weights and, where restarts are cold, at the learned weights."""
-    first, best = learned.first_hypergradient, learned.hypergradient
-    weights = learned.weights
-    if config.outer.validation_folds:
-        first = np.concatenate([first, learned.first_validation_hypergradient])
-        best = np.concatenate([best, learned.validation_hypergradient])
-        weights = learned.corpus_weights(task)
-    points = {"uniform weights": (0, np.ones(len(first)), first)}
+    steps = {"uniform weights": 0}
     if config.outer.restart == "cold" and learned.best_step > 0:
-        points["learned weights"] = (learned.best_step, weights, best)
+        steps["learned weights"] = learned.best_step
     out = {}
-    for name, (step, weights, hypergradients) in points.items():
-        record = learned.records[step]
-        checks = Checks(**{key: value for key, value in record["checks"].items() if value is not None})
-        out[name] = compute_certificates(
-            task,
-            trainer,
-            session,
-            config.certify,
-            name=name,
-            weights=weights.astype(hypergradients.dtype),
-            hypergradient=hypergradients,
-            validation_loss=record["loss"]["validation"],
-            checks=checks,
-            start_seed=config.train.seed,
-            order_seed=data_order_seed(config.data, config.outer, step),
-            data_seed=config.data.seed,
-            turn=take_turn(task, config.outer.validation_folds, config.data.seed, step),
-        )._replace(reliability=average_reliability_near(learned.records, step))
+    for name, step in steps.items():
+        point = point_of_step(
+            task, learned, step, name, data=config.data, outer=config.outer, train_seed=config.train.seed
+        )
+        certificates = compute_certificates(task, trainer, session, config.certify, point)
+        out[name] = certificates._replace(reliability=average_reliability_near(learned.records, step))
     return out
 
 
@@ -409,15 +390,4 @@ def _build_result(
         "seconds": {"outer": sum(record["seconds"] for record in learned.records)}
         | {name: seconds for name, (_, seconds) in costs.items()},
         "config_hash": config_hash(config),
-    }
-
-
-def _certificates_to_dict(certified: certify.Certificates) -> dict[str, Any]:
-    return {
-        "exact": certified.finite_differences._asdict() if certified.finite_differences else None,
-        "smooth": certified.metasmoothness._asdict() if certified.metasmoothness else None,
-        "predictive": certified.removal_prediction._asdict() if certified.removal_prediction else None,
-        "checks": certified.checks._asdict(),
-        "effective_share": certified.effective_share,
-        "reliability": certified.reliability._asdict() if certified.reliability else None,
     }

@@ -16,7 +16,7 @@ from bilevel_jax.runs.infra.run_dir import CONFIG_FILE, RESULT_FILE
 from bilevel_jax.storage import urls
 from bilevel_jax.storage.objects import open_store
 
-COMMAND_SECTIONS = ("compare", "audit", "rank", "refine", "score", "retrain", "weights", "evaluate")
+COMMAND_SECTIONS = ("tune", "compare", "audit", "rank", "refine", "score", "retrain", "weights", "evaluate")
 """Sections of a config, in an order in which the first that is there tells the command."""
 COMMAND_OF_SECTION = {"retrain": "select", "weights": "train"}
 

@@ -30,6 +30,9 @@ COMMON_KEYS: dict[str, tuple[str, ...]] = {
     "outer": ("method", "weighting", "steps", "learning_rate"),
     "compare": ("methods", "baselines", "budget", "seeds"),
     "audit": ("estimators", "scores", "removed", "subsets", "extremes"),
+    "tune": (
+        "learning_rates", "warmup_shares", "eps_roots", "clip_norms", "batch_sizes", "budget", "max_loss_increase",
+    ),
     "rater": ("features",),
     "score": ("rater", "model", "features"),
     "rank": ("strategies", "metrics", "pick_by", "train_examples", "records", "least_wins", "largest_wins"),
@@ -71,6 +74,13 @@ NOT_IN_REFINE = (
     "judge.template",
 )  # fmt: skip
 """Those that few runs of `refine` set, or none may: it trains with sft, and generates and verifies in any case."""
+
+NOT_IN_TUNE = (
+    *NOT_IN_COMPARE, "data.label_field", "arrays.train_examples", "arrays.validation_examples", "arrays.label_noise",
+    "outer.weighting", "outer.steps", "outer.learning_rate", "selection.top_share", "contradictions.draws",
+    "retrain.enabled", "certify.enabled", "evaluate.prompts",
+)  # fmt: skip
+"""Those that tuned.yaml passes on and `tune` does not read, and those that few of its runs set."""
 
 NOT_IN_SCORE = ("data.validation", "data.test", "data.max_length")
 """Those that `score` has no use for: its rater was learned from validation and says how long an example may be."""
@@ -259,7 +269,7 @@ def help_text(config: Any) -> str:
         "current folder."
     )
     pairs = [f"{flag} = --{key}".replace("_", "-") for flag, key in short_flags(config).items()]
-    if fast := [f"--{key.replace('.', '.no-')}" for key in FAST_KEYS if key in keys]:
+    if fast := _fast_flags(config):
         pairs.append(f"--fast = {' '.join(fast)}")
     paragraphs = [" ".join(paragraph.split()) for paragraph in (type(config).__doc__ or "").split("\n\n")]
     paragraphs += [places] if "data.train" in keys else []
@@ -283,13 +293,18 @@ def short_flags(config: Any) -> dict[str, str]:
 
 def _expand_short_flag(config: Any, argument: str) -> tuple[str, ...]:
     name, equals, value = argument.partition("=")
-    keys = dict(flatten_config(config))
-    fast = tuple(f"--{key.replace('.', '.no-')}" for key in FAST_KEYS if key in keys)
+    fast = _fast_flags(config)
     if name == "--fast" and fast:
         return fast
     if key := short_flags(config).get(name):
         return (f"--{key}{equals}{value}",)
     return (argument,)
+
+
+def _fast_flags(config: Any) -> tuple[str, ...]:
+    """What --fast stands for; nothing for `tune`, which judges by certificates."""
+    keys = () if hasattr(config, "tune") else dict(flatten_config(config))
+    return tuple(f"--{key.replace('.', '.no-')}" for key in FAST_KEYS if key in keys)
 
 
 def _show_values(config: Any) -> Any:
@@ -329,6 +344,8 @@ def _uncommon_keys(config: Any) -> tuple[str, ...]:
         return NOT_IN_REFINE
     if hasattr(config, "compare"):
         return NOT_IN_COMPARE
+    if hasattr(config, "tune"):
+        return NOT_IN_TUNE
     return NOT_IN_OWN_EVALUATION if evaluates_own_models(config) else ()
 
 

@@ -227,6 +227,21 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "must be 1 or more and divide train.global_batch_size",
     ),
     (
+        "outer.method",
+        lambda c: not hasattr(c, "tune") or c.outer.method not in SINGLE_LOOP_METHODS,
+        "has no hypergradient that tune could certify: choose unrolled",
+    ),
+    (
+        "certify.enabled",
+        lambda c: not hasattr(c, "tune") or c.certify.enabled,
+        "tune judges each setting by its certificates: leave it true",
+    ),
+    (
+        "tune",
+        lambda c: any(isinstance(value, tuple) and value for value in vars(c.tune).values()),
+        "all lists are empty, so there is nothing to try: give tune.learning_rates",
+    ),
+    (
         "outer.product_precision",
         lambda c: (
             c.outer.product_precision == "highest"

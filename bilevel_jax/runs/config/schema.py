@@ -830,6 +830,36 @@ class CertifySection:
 
 
 @dataclass(frozen=True)
+class TuneSection:
+    """The settings of training that are tried for one whose certificates hold."""
+
+    learning_rates: Annotated[tuple[Positive, ...], Unique()] = (0.7, 0.5, 0.35, 0.25, 0.12, 0.06, 0.03)
+    """Factors of optimizer.learning_rate."""
+
+    warmup_shares: Annotated[tuple[OpenShare, ...], Unique()] = (0.1, 0.3)
+    """Values of optimizer.warmup_ratio; those that are no longer than the config's own warmup are passed over."""
+
+    eps_roots: Annotated[tuple[Positive, ...], Unique()] = (1e-8, 1e-6)
+    """Values of optimizer.eps_root, of adam and adamw; those below the config's own are passed over."""
+
+    clip_norms: Annotated[tuple[NonNegative, ...], Unique()] = (1.0,)
+    """Values of optimizer.max_grad_norm; 0: no clipping."""
+
+    batch_sizes: Annotated[tuple[Annotated[int, Ge(2)], ...], Unique()] = (2, 4)
+    """Factors of train.global_batch_size, in as many more parts (gradient_accumulation_steps), so that they need no
+    more memory; each costs as many times more per step, in every later training, too."""
+
+    activations: Annotated[tuple[Literal["relu", "gelu", "silu", "tanh"], ...], Unique()] = ("gelu", "tanh")
+    """Values of arrays.activation, where there are hidden layers; a language model has that of its checkpoint."""
+
+    budget: Count = 400
+    """Work at most, in trainings of the config's own length; its own certificates are always computed."""
+
+    max_loss_increase: NonNegative = 0.05
+    """How much higher than the config's own a loss may be, as a share of it, on dev, or on validation without dev."""
+
+
+@dataclass(frozen=True)
 class MeshSection:
     """The device mesh: data x fsdp devices, in one process or several."""
 

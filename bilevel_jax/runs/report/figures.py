@@ -32,6 +32,10 @@ REFERENCE: dict[str, Any] = {"color": COLOURS["muted"], "linestyle": (0, (4, 3))
 DASHES: dict[int, Any] = {1: (0, (3.3, 1.7)), 2: (0, (1.1, 1.7))}
 """Dashes by colour, in widths of the line: series differ by more than their colour."""
 
+Shape = Literal["circle", "square", "cross", "diamond"]
+SHAPES: dict[Shape, str] = {"circle": "o", "square": "s", "cross": "X", "diamond": "D"}
+"""The shape of a point -> the marker that draws it."""
+
 
 class IntervalRow(NamedTuple):
     """One line of a dot-and-interval plot; nan where there is no such number."""
@@ -73,6 +77,7 @@ class Point(NamedTuple):
     """Appears under a pointer."""
     colour: int = 0
     kind: Literal["dot", "hollow", "faint"] = "dot"
+    shape: Shape = "circle"
 
 
 # ---- the figures
@@ -187,7 +192,7 @@ def plot_lines(
     for point in points:
         colour = COLOURS[f"c{point.colour}"]
         axes.plot([point.x, point.x], [point.low, point.high], color=colour, linewidth=1.6)
-        (dot,) = axes.plot([point.x], [point.y], **_marker(point.kind, colour))
+        (dot,) = axes.plot([point.x], [point.y], **_marker(point.kind, colour) | {"marker": SHAPES[point.shape]})
         dot.set_gid(TITLE + clean_text(point.title) if point.title else None)
     curve_ends = [(curve.x[-1], curve.y[-1], curve.name) for curve in series if curve.kind == "named"]
     _name_in_margin(axes, [*curve_ends, *((point.x, point.y, point.name) for point in points if point.name)])

@@ -220,7 +220,7 @@ def build_array_model(
     arrays: ArraysSection,
     *,
     model: ModelSection,
-    optimizer: OptimizerSection,
+    optimizer: OptimizerSection | optax.GradientTransformation,
     max_steps: int,
     proximal_strength: float = 0.0,
 ) -> ArrayModel:
@@ -239,7 +239,7 @@ def build_array_model(
     objective = Objective(losses, accuracy, CompositeLoss(logits, cross_entropy), "nats per example", "accuracy")
     prior = proximal(proximal_strength, lambda frozen: frozen["start"]) if proximal_strength else None
     problem = weighted(losses, prior=prior)
-    optax_optimizer = build_optimizer(optimizer, max_steps)
+    optax_optimizer = build_optimizer(optimizer, max_steps) if isinstance(optimizer, OptimizerSection) else optimizer
     return ArrayModel(
         problem=problem,
         objective=objective,

@@ -24,6 +24,7 @@ from bilevel_jax.runs.config.load import (
     RefineConfig,
     SelectConfig,
     TrainConfig,
+    TuneConfig,
 )
 from bilevel_jax.runs.config.rules import evaluates_own_models
 from bilevel_jax.runs.config.schema import DataSection, ModelSection, OptimizerSection
@@ -45,7 +46,9 @@ class DataConfig(Protocol):
         """The files."""
 
 
-ConfigT = TypeVar("ConfigT", SelectConfig, TrainConfig, InspectConfig, CompareConfig, AuditConfig, RefineConfig)
+ConfigT = TypeVar(
+    "ConfigT", SelectConfig, TrainConfig, InspectConfig, CompareConfig, AuditConfig, TuneConfig, RefineConfig
+)
 BUILTIN_PREFIX = "builtin:"
 """`builtin:NAME`, in data.train also `builtin:NAME?option=value&option=value`."""
 

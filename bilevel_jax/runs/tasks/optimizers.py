@@ -1,5 +1,8 @@
 """Optax optimizers and learning-rate schedules with finite derivatives."""
 
+from dataclasses import replace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,6 +21,34 @@ def build_optimizer(config: OptimizerSection, num_steps: int) -> optax.GradientT
         optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
     ]
     return optax.chain(*(transformation for transformation in chain if transformation is not None))
+
+
+NO_CLIPPING = 1e18
+"""A norm that no finite gradient exceeds, whose square is finite in float32."""
+
+
+def build_adjustable_optimizer(config: OptimizerSection, num_steps: int) -> optax.GradientTransformation:
+    """As `build_optimizer`, with the learning rate, the warmup, eps_root and the clip norm in its state.
+
+    A training step that was compiled with one of them trains with the states of all others. Its numbers are those of
+    `build_optimizer` up to rounding.
+    """
+
+    def build(
+        learning_rate: jax.Array, warmup_steps: jax.Array, eps_root: jax.Array, max_grad_norm: jax.Array
+    ) -> optax.GradientTransformation:
+        values: Any = {
+            "learning_rate": learning_rate, "warmup_steps": warmup_steps, "eps_root": eps_root, "warmup_ratio": 0.0,
+        }  # fmt: skip
+        unclipped = build_optimizer(replace(config, max_grad_norm=0.0, **values), num_steps)
+        return optax.chain(clip_global_norm(max_grad_norm), unclipped)
+
+    return optax.inject_hyperparams(build)(
+        learning_rate=config.learning_rate,
+        warmup_steps=float(count_warmup_steps(config, num_steps)),
+        eps_root=config.eps_root,
+        max_grad_norm=config.max_grad_norm or NO_CLIPPING,
+    )
 
 
 def _adam(config: OptimizerSection) -> optax.GradientTransformation:
@@ -39,11 +70,11 @@ def learning_rate_schedule(config: OptimizerSection, num_steps: int) -> optax.Sc
     The first step already moves, at 1/(warmup + 1) of the peak: a rate of 0 would waste it and zero its rows' entries.
     """
 
-    warmup_steps = round(config.warmup_ratio * num_steps) if config.warmup_ratio > 0 else config.warmup_steps
+    warmup_steps = count_warmup_steps(config, num_steps)
 
     def learning_rate(count):
         warmup_factor = jnp.minimum(1.0, (count + 1) / (warmup_steps + 1))
-        decay_progress = jnp.clip((count - warmup_steps) / max(1, num_steps - warmup_steps), 0.0, 1.0)
+        decay_progress = jnp.clip((count - warmup_steps) / jnp.maximum(1, num_steps - warmup_steps), 0.0, 1.0)
         return config.learning_rate * warmup_factor * DECAY_SHAPES[config.schedule](decay_progress)
 
     return learning_rate
@@ -56,7 +87,12 @@ DECAY_SHAPES = {
 }
 
 
-def clip_global_norm(max_norm: float) -> optax.GradientTransformation:
+def count_warmup_steps(config: OptimizerSection, num_steps: int) -> int:
+    """The steps over which the learning rate rises."""
+    return round(config.warmup_ratio * num_steps) if config.warmup_ratio > 0 else config.warmup_steps
+
+
+def clip_global_norm(max_norm: float | jax.Array) -> optax.GradientTransformation:
     """Scale the whole gradient down to norm `max_norm` where it is longer.
 
     optax.clip_by_global_norm is the same function, but its derivative is NaN at a zero gradient.

@@ -311,12 +311,14 @@ def prepare_text_task(
     seeds: Sequence[int],
     proximal_strength: float = 0.0,
     target: TargetSection = TargetSection(),  # noqa: B008 (frozen)
+    optimizer: optax.GradientTransformation | None = None,
 ) -> TextTask:
     """Tokenize the examples, load the model, and compose the bilevel problem, in which `target` judges.
 
     `seeds` are those of all the data orders that the run will draw: with packing, the shape that all batches share must
     hold each of them. `proximal_strength` is delta in delta/2 |params - start|^2. A reference model's log-probabilities
-    are written into `folder`, and read from there when the run is resumed.
+    are written into `folder`, and read from there when the run is resumed. `optimizer` takes the place of that of the
+    config.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding_rules = sharding.parse_sharding_rules(config.mesh.sharding_rules, mesh)
@@ -350,7 +352,7 @@ def prepare_text_task(
     programs = build_programs(
         tokenized_data.architecture,
         config.objective,
-        build_optimizer(config.optimizer, num_steps),
+        optimizer or build_optimizer(config.optimizer, num_steps),
         mesh,
         sharding_rules,
         remat=config.model.remat,
