@@ -204,7 +204,7 @@ def test_certificates_measure_what_lower_products_change():
         solution, exact = low.run(*given), high.run(*given)
         certificates = check(low, solution, *given[2:], step_sizes=(0.1,), removed=(0.2,), draws=1, num_retrains=0)
     error = measure_product_error(solution.grad, exact.grad, is_per_example=True)
-    assert error >= relative(solution.grad, np.asarray(exact.grad, float)) > 1e-3
+    assert error >= relative(solution.grad, np.asarray(exact.grad, float)) * (1 - 1e-6) > 1e-3  # the error is float32
     assert certificates.checks.product_error == pytest.approx(error, rel=1e-3)
     assert f"product_error {error:.3g}" in str(certificates)
     assert low.at_highest is not None and high.at_highest is None
