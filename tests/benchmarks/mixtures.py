@@ -244,9 +244,7 @@ def print_table(lines: list[Line], task_name: str) -> None:
     def subtract(name: str, other: str) -> list[float]:
         return [losses[name, seed] - losses[other, seed] for seed in seeds if (name, seed) in losses]
 
-    print(
-        f"\n{task_name}, seeds {seeds}; two retrains of one mixture differ with a standard deviation of {noise:.3f}\n"
-    )
+    print(f"\n{task_name}, seeds {seeds}; the test loss of a retrain has a standard deviation of {noise:.3f}\n")
     print(f"| mixture by | trainings | test loss | minus {REFERENCE} | {' | '.join(sources)} |")
     print("|---" * (4 + len(sources)) + "|")
     for name in dict.fromkeys(line["name"] for line in mine):

@@ -71,8 +71,23 @@ def test_the_law_that_made_the_losses_is_found_with_its_minimum():
     more = draw_mixtures(natural, 64, (0,))  # a quadratic law has 15 coefficients
     chosen, law = choose_mixture(natural, more, 1 + np.sum((more - goal) ** 2, axis=1), (1,))
     assert law.is_quadratic and np.abs(chosen - goal).max() < 0.1
+    losses = 3 + mixtures @ slopes
+    others = np.array([np.delete(losses, place).mean() for place in range(16)])
+    error = np.sqrt(np.mean((np.log(others) - np.log(losses)) ** 2))
+    assert fit_mixing_law(mixtures, losses).constant_error == pytest.approx(error)
     with pytest.raises(ValueError, match="all proxies have the same loss"):
         fit_mixing_law(mixtures, np.ones(16))
+
+
+def test_a_law_that_predicts_nothing_gives_the_natural_mixture():
+    natural, mixtures = np.full(5, 0.2), draw_mixtures(np.full(5, 0.2), 16, (0,))
+    kept = 0
+    for seed in range(20):
+        noise = 2 + 0.1 * np.random.default_rng(seed).normal(size=16)
+        mixture, law = choose_mixture(natural, mixtures, noise, (seed, 1))
+        assert np.array_equal(mixture, natural) == (law.error >= law.constant_error)
+        kept += not law.predicts
+    assert 0 < kept < 20  # the best of many laws predicts some noise by chance
 
 
 # ---- the command; the sources of digits and blobs are their given labels

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from bilevel_jax.commands.compare.proxies import choose_mixture, draw_mixtures
+from bilevel_jax.commands.compare.proxies import MixingLaw, choose_mixture, draw_mixtures
 from bilevel_jax.core.types import Params
 from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.core.weightings import effective_sample_size
@@ -117,12 +117,13 @@ def _run_outer_loop_within_budget(
     while not (stop_reason := loop.stop_reason()):
         loop.take_step()
     learned = loop.learned_weights(stop_reason)
+    within_budget = progress(learned.records) <= 1  # it ended for another reason, such as the effective sample size
     return MethodResult(
-        loop.moved_weights() if takes_last else learned.weights,
+        loop.moved_weights() if takes_last and not within_budget else learned.weights,
         _cost_history(learned.records),
         sum(record["work"] for record in learned.records),
         _total_seconds(learned.records),
-        stop_reason if progress(learned.records) <= 1 else "",
+        stop_reason if within_budget else "",
         validation_weight=learned.validation_weight,
     )
 
@@ -142,14 +143,29 @@ def _run_proxies(task: Task, sections: MethodSections, session: Session, budget:
     records = train_proxies(task, sections, session)
     mixtures, losses = (np.array([record[key] for record in records]) for key in ("mixture", "judged"))
     mixture, law = choose_mixture(sources.natural, mixtures, losses, (sections.data.seed, 6))
-    session.log.write({"event": "mixing_law", "step": len(records), "law": law.form, "error": law.error})
+    session.log.write(
+        {
+            "event": "mixing_law",
+            "step": len(records),
+            "law": law.form,
+            "error": law.error,
+            "constant_error": law.constant_error,
+        }
+    )
     return MethodResult(
         sources.weights(mixture),
         _cost_history(_best_so_far(records)),
         sum(record["work"] for record in records),
         _total_seconds(records),
-        "",
+        _describe_end(len(records), task.num_steps, budget, law),
     )
+
+
+def _describe_end(count: int, num_steps: int, budget: float, law: MixingLaw) -> str:
+    """What a reader of the mixture should know: that no law was found, and that budget was left."""
+    if not law.predicts:
+        return "no law predicts its proxy runs better than their mean does, so the mixture is the natural one"
+    return f"its {count} proxy runs were made (compare.proxy_runs)" if budget >= (count + 1) * num_steps else ""
 
 
 def train_proxies(task: Task, sections: MethodSections, session: Session) -> list[dict[str, Any]]:
@@ -178,7 +194,7 @@ def train_proxies(task: Task, sections: MethodSections, session: Session) -> lis
         record = {
             "mixture": mixtures[run].tolist(),
             "loss": losses,
-            "judged": float(np.average(list(judged.values()), weights=[sizes[part] for part in judged])),
+            "judged": float(np.average(list(judged.values()), weights=[max(1, sizes[part]) for part in judged])),
             "ess": float(effective_sample_size(weights)),
             "work": session.work_done - work_before,
             "seconds": time.monotonic() - began,

@@ -46,7 +46,15 @@ class MixingLaw(NamedTuple):
     coefficients: Float[np.ndarray, "features"]
     intercept: float
     error: float
-    """Root mean square of the leave-one-out errors: of log losses, and of losses where some are not above 0."""
+    """Root mean square of the leave-one-out errors: of log losses, and of losses where some are not above 0. The
+    floor c is that of all proxies."""
+    constant_error: float
+    """The same of a law without mixtures: the mean of the other proxies."""
+
+    @property
+    def predicts(self) -> bool:
+        """Whether it predicts a proxy that is left out better than the mean of the others does."""
+        return self.error < self.constant_error
 
     @property
     def form(self) -> str:
@@ -109,11 +117,15 @@ def choose_mixture(
 ) -> tuple[Mixture, MixingLaw]:
     """(the mixture to train on, the law that says so), from the losses of some proxies.
 
+    The natural mixture where the law predicts the proxies no better than their mean does.
+
     The mean of the NUM_BEST mixtures of least predicted loss among NUM_CANDIDATES further draws and the proxies' own,
     where the share of no source is above its largest or below its smallest one of a proxy: a law says nothing of what
     is beyond.
     """
     law = fit_mixing_law(mixtures, losses)
+    if not law.predicts:
+        return natural, law
     candidates = draw_mixtures(natural, NUM_CANDIDATES, seed)
     inside = np.all((candidates >= mixtures.min(0)) & (candidates <= mixtures.max(0)), axis=1)
     pool = np.concatenate([mixtures, candidates[inside]])
@@ -133,7 +145,8 @@ def _fit_ridges(
 ) -> Iterator[MixingLaw]:
     """The law of each ridge penalty, which the intercept does not pay."""
     values = losses if np.isnan(floor) else np.log(losses - floor)
-    center = mixtures.mean(0)
+    center, count = mixtures.mean(0), len(losses)
+    constant_error = _prediction_error((losses.sum() - losses) / (count - 1), losses)
     features = _make_features(mixtures - center, is_quadratic)
     means, intercept = features.mean(0), float(values.mean())
     left, singular, right = np.linalg.svd(features - means, full_matrices=False)
@@ -142,7 +155,7 @@ def _fit_ridges(
         left_out = values - (values - hat @ values) / np.maximum(1 - np.diagonal(hat), SMALLEST_REST)
         coefficients = right.T @ (singular / (singular**2 + ridge) * (left.T @ values))
         error = _prediction_error(_to_losses(left_out, floor), losses)
-        yield MixingLaw(is_quadratic, floor, center, means, coefficients, intercept, error)
+        yield MixingLaw(is_quadratic, floor, center, means, coefficients, intercept, error, constant_error)
 
 
 def _to_losses(values: np.ndarray, floor: float) -> np.ndarray:

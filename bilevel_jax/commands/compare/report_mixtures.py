@@ -82,7 +82,7 @@ def _plot_mixture(best: JsonObject, rows: list[JsonObject]) -> Markup:
                 mean,
                 mean - half,
                 mean + half,
-                [100 * cell["mixture"][source] for cell in best["runs"]],
+                [100 * cell["mixture"].get(source, 0.0) for cell in best["runs"]],
                 math.nan if natural is None else _share(natural, source).mean,
             )
         )

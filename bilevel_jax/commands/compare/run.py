@@ -460,8 +460,9 @@ def summarize_method(name: str, cells: dict[str, list[dict[str, Any]]]) -> dict[
         readings["distance"] = [loss - other["test"] for loss, other in zip(mine, goal, strict=True)]
     for source in runs[0].get("sources") or ():
         readings[f"weight of {source}"] = [cell["sources"][source] for cell in runs]
-    for source in runs[0].get("mixture") or ():
-        readings[f"{SHARE_OF}{source}"] = [cell["mixture"][source] for cell in runs]
+    # arrays draw their labels, which are their sources, anew for each seed
+    for source in sorted({source for cell in runs for source in cell.get("mixture") or ()}):
+        readings[f"{SHARE_OF}{source}"] = [cell["mixture"].get(source, 0.0) for cell in runs]
     intervals = {key: mean_interval(values) for key, values in readings.items()}
     return {
         "name": name,

@@ -55,7 +55,7 @@ def why_absent(name: str, task: Task, labels: KnownLabels | None) -> str:
         )
     if not is_validation_trainable(task) and (name in TRAINABLE_HOLDOUT_SCORES or "validation" in name):
         return f"{name} trains on validation examples, and here they judge by another loss than that of training"
-    if name == "stratified" and len(find_sources(task).names) < 2:
+    if name == "stratified" and find_sources(task).num_trained < 2:
         return "stratified gives several sources equal shares, and all examples come from one: give data.source_field"
     if name.startswith("oracle") and (labels is None or not labels.good.any()):
         return f"{name} trains on the good examples, and none is labelled so: give data.label_field and data.good_label"
@@ -65,7 +65,7 @@ def why_absent(name: str, task: Task, labels: KnownLabels | None) -> str:
 def with_source_baselines(names: Sequence[str], task: Task) -> list[str]:
     """The baselines of a comparison: of text of several sources uniform and stratified, too, beside which every mixture
     is read."""
-    beside = ("uniform", "stratified") if isinstance(task, TextTask) and len(find_sources(task).names) > 1 else ()
+    beside = ("uniform", "stratified") if isinstance(task, TextTask) and find_sources(task).num_trained > 1 else ()
     return [*names, *(name for name in beside if name not in names)]
 
 

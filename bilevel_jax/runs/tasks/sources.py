@@ -28,6 +28,11 @@ class Sources(NamedTuple):
         return np.bincount(self.indices[self.is_trained], minlength=len(self.names))
 
     @property
+    def num_trained(self) -> int:
+        """Sources with an example that is trained on."""
+        return int(np.sum(self.counts > 0))
+
+    @property
     def natural(self) -> Mixture:
         """The mixture of equal weights: shares of examples."""
         return self.counts / self.counts.sum()
@@ -48,7 +53,7 @@ class Sources(NamedTuple):
 
     def stratified(self) -> Mixture:
         """The mixture in which all sources that are trained on have the same share."""
-        return (self.counts > 0) / np.sum(self.counts > 0)
+        return (self.counts > 0) / self.num_trained
 
 
 def find_sources(task: Task) -> Sources:
@@ -66,9 +71,10 @@ def require_sources(task: Task, what: str) -> Sources:
     given, would be a source of its own.
     """
     sources = find_sources(task)
-    if len(sources.names) < 2:
+    if sources.num_trained < 2:
         raise ValueError(
-            f"{what} needs two sources, and every example comes from {sources.names[0]!r}. Set data.source_field to "
+            f"{what} needs two sources, and every example that is not too long comes from "
+            f"{sources.names[int(np.argmax(sources.counts))]!r}. Set data.source_field to "
             "the key that tells sources apart, or leave it out."
         )
     by_file: dict[str, set[str]] = {}
