@@ -344,7 +344,7 @@ def test_hosts_share_the_devices_and_read_everything(made, tmp_path, capsys):
     }  # fmt: skip
     read = hosts["files that it reads"]
     assert read["data"] == sum((made / f"{name}.jsonl").stat().st_size for name in ("train", "validation", "test"))
-    assert read["model"] == sum(file.stat().st_size for file in (made / "model").iterdir())
+    assert read["weights of the model"] == (made / "model" / "model.safetensors").stat().st_size
     rows = 44 + 8 + 16  # validation stands behind the training rows, too, as it is of their kind
     assert hosts["in its memory"]["tokens of all rows"] == rows * 11 * 5 + (rows + 3) * 8  # ids, mask; offsets
     assert hosts["in its memory"]["whole model, for its file"] == arrays["trained parameters"]
@@ -360,6 +360,18 @@ def test_hosts_of_rows_that_are_absent(large, tmp_path):
     assert hosts["devices"] == 2 and hosts["on its devices"]["parameters"] > 2 * 2 * 8_030_261_248
     assert hosts["in its memory"]["tokens of all rows"] >= 50_256 * (1024 * 5 + 8)
     assert hosts["in its memory"]["whole model, for its file"] > 2 * 8_030_261_248
+    assert hosts["files that it reads"] == {"weights of the model": None, "data": None}  # and not of no size
+
+
+def test_hosts_hold_states_that_are_offloaded_and_what_is_written(made, tmp_path):
+    flags = ("--outer.offload", "host", "--outer.memory-gib", "1e-3")
+    found = estimate_hosts(made / "select.yaml", tmp_path / "select", *flags)
+    states = 2 * found["arrays"]["snapshots"] * found["arrays"]["snapshot"]
+    assert found["hosts"]["in its memory"]["states of outer.offload"] == states > 0
+    for parts in ("adapter", "both"):
+        found = estimate_hosts(made / "train.yaml", tmp_path / parts, "--lora.r", "2", "--output.model", parts)
+        wanted = found["arrays"]["trained parameters"] + found["arrays"]["base"] * (parts == "both")
+        assert found["hosts"]["in its memory"]["whole model, for its file"] == wanted
 
 
 @pytest.mark.slow

@@ -50,6 +50,8 @@ def estimate(config: RunConfig, options: EstimateSection) -> EstimateResult:
     if urls.is_remote(options.dir):
         raise ValueError(f"estimate.dir = {options.dir}: an estimate is written to a folder of this machine. Name one.")
     check_inputs_whole(config)
+    if options.devices:
+        check_hosts(options, options.devices)  # before all rows are read
     began = time.monotonic()
     simulated = simulate_devices(options.devices)
     with tempfile.TemporaryDirectory() as folder:

@@ -144,8 +144,8 @@ def _hosts_table(estimated: dict[str, Any]) -> Table | None:
     for place in ("on its devices", "files that it reads", "in its memory"):
         table.add_section()
         for name, amount in hosts[place].items():
-            if amount:
-                table.add_row(f"{place}: {name}", format_bytes(amount))
+            if amount != 0:
+                table.add_row(f"{place}: {name}", "unknown: not here" if amount is None else format_bytes(amount))
     return table
 
 

@@ -18,8 +18,8 @@ from bilevel_jax.runs.infra import run_dir, seals
 from bilevel_jax.storage import copies, urls
 
 RADIX_BITS = 16
-SEEN_SECONDS = 60.0
-"""Seconds within which a file of another machine is seen: for so long NFS remembers that it was not there."""
+SEEN_SECONDS = 120.0
+"""Seconds within which a file of another machine is seen: NFS remembers for 60 that it was not there."""
 Metadata = dict[bytes, bytes]
 """Of the schema of a parquet file."""
 
