@@ -174,6 +174,8 @@ def print_table(lines: list[dict[str, Any]]) -> None:
     held = [line for line in found if line.get("again", {}).get("level") == "BELIEVE"]
     print(f"\nOf {len(rough)} that say DO NOT BELIEVE, {len(found)} have a setting that says BELIEVE within 5 % of")
     print(f"the dev loss; of these {len(within)} are within 5 % of the test loss, and {len(held)} say BELIEVE again.")
+    near = [line for line in found if line["proposed"]["losses"]["dev"] <= 1.05 * line["best_loss"]]
+    print(f"{len(near)} are within 5 % of the least dev loss of all that were trained, whatever their certificates.")
     print(f"{sum(line['cpu_seconds'] for line in lines) / 60:.0f} minutes of processor time.")
 
 

@@ -392,10 +392,10 @@ def count_costs(task: Task, config: TuneConfig) -> Costs:
 def estimate_optimism(outcome: Outcome, example_losses: Mapping[str, list[float] | None], seed: int) -> float | None:
     """By how much the loss of the proposed setting is too low because it is the least of several on the same examples.
 
-        mean over bootstraps b of the examples: L(k_b) - L_b(k_b),  k_b = argmin_k L_b(k)
+        mean over bootstraps b of the examples: L(k_b) - L_b(k_b) - (L(k) - L_b(k)),  k_b = argmin_j L_b(j)
 
-    over the settings that were within the limit, as if all of them held: of those that hold there are fewer, so it is
-    rather too large. None where nothing was proposed, or examples have no loss each.
+    where k is the proposed setting, over the settings that were within the limit, as if all of them held: of those that
+    hold there are fewer, so it is rather too large. None where nothing was proposed, or examples have no loss each.
     """
     within = [trial for trial in outcome.trials if trial.trained.loss <= outcome.limit]
     if outcome.proposed is None or any(example_losses[trial.name] is None for trial in within):
@@ -403,8 +403,10 @@ def estimate_optimism(outcome: Outcome, example_losses: Mapping[str, list[float]
     losses = np.array([example_losses[trial.name] for trial in within])
     drawn = np.random.default_rng((seed, 5)).integers(losses.shape[1], size=(NUM_BOOTSTRAPS, losses.shape[1]))
     resampled = np.stack([row[drawn].mean(1) for row in losses])
-    least = resampled.argmin(0)
-    return float((losses.mean(1)[least] - resampled[least, np.arange(NUM_BOOTSTRAPS)]).mean())
+    errors = losses.mean(1, keepdims=True) - resampled
+    chosen = next(place for place, trial in enumerate(within) if trial is outcome.proposed)
+    errors -= errors[chosen]  # whose mean is 0: less noise, and none where there is no choice
+    return float(errors[resampled.argmin(0), np.arange(NUM_BOOTSTRAPS)].mean())
 
 
 def format_tuned(config: TuneConfig, setting: Setting, result: dict[str, Any]) -> str:
