@@ -94,6 +94,12 @@ def test_choosing_the_least_of_equal_settings_is_optimistic_by_the_noise():
     expected_maximum = 1.4236  # of 8 standard normals
     assert run.estimate_optimism(outcome, examples, 0) == pytest.approx(expected_maximum / math.sqrt(count), rel=0.06)
     assert run.estimate_optimism(outcome._replace(proposed=None), examples, 0) is None
+    rough = Trial(
+        {"optimizer.learning_rate": 99.0}, Trained({}, -1.0), smoothness=0.1
+    )  # of the least loss, but no choice
+    examples[rough.name] = [-1.0] * count
+    with_rough = run.estimate_optimism(outcome._replace(trials=[*trials, rough]), examples, 0)
+    assert with_rough == run.estimate_optimism(outcome, examples, 0)
 
 
 def make_row(name, loss, level=None, draw=None):
@@ -115,7 +121,7 @@ def make_row(name, loss, level=None, draw=None):
         ),
         ({}, "No setting that was tried holds. The closest is mid: UNDECIDED, metasmoothness 0.70 without 50%"),
         ({"stopped_by_budget": True}, "tune.budget ended the search."),
-        ({"rows": [make_row("own", None)]}, "training failed with the config's own: diverged."),
+        ({"rows": [make_row("own", None)]}, "The config's own: diverged."),
     ],
 )
 def test_the_sentence_says_what_was_found(changes, words):
@@ -134,6 +140,9 @@ def test_the_sentence_says_what_was_found(changes, words):
         ("--outer.method bmo", "outer.method = 'bmo': has no hypergradient that tune could certify: choose unrolled"),
         ("--certify.no-enabled", "certify.enabled = False: tune judges each setting by its certificates"),
         ("--tune.learning-rates --tune.eps-roots", "nothing to try: give tune.learning_rates"),
+        ("--certify.step-sizes 0.03 0.01", "certify.step_sizes = (0.03, 0.01): has no step of .1"),
+        ("--certify.removed 0.05", "certify.removed = (0.05,): has no share of .1 or more"),
+        ("--contradictions.draws 4", "contradictions.draws = 4: is of select"),
     ],
 )
 def test_what_it_cannot_do_is_told(config, tmp_path, capsys, flags, words):

@@ -6,6 +6,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from bilevel_jax.commands.tune.search import PROMISING
+from bilevel_jax.core.certify import Verdict
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.figures import Point, Shape
 from bilevel_jax.runs.report.html import Cell, Column, Table, bold_cell, make_table, render_page
@@ -55,9 +57,10 @@ def summarize_tuning(result: JsonObject) -> str:
     if row is not None and row["name"] == own["name"]:
         return f"{format_level(row)}: the config's own setting holds, and nothing has to change."
     if row is not None:
+        of_own = "failed" if own["verdict"] is None and own["failure"] else f"is {format_level(own)}"
         return (
             f"Use {result['flags']}: {format_level(row)}, with {describe_loss(result, row)}; the config's own setting "
-            f"is {format_level(own)}."
+            f"{of_own}. For other examples than those of validation: {row['verdict'].get('others_level', 'UNDECIDED')}."
         )
     end = " tune.budget ended the search." if result["stopped_by_budget"] else ""
     if (row := find_row(result, result["beyond"])) is not None:
@@ -67,7 +70,7 @@ def summarize_tuning(result: JsonObject) -> str:
         )
     closest = find_closest(result)
     if closest is None:
-        return f"No setting holds, and training failed with the config's own: {own['failure']}{end}"
+        return f"No setting holds, and none could be certified. The config's own: {own['failure'] or 'trained'}{end}"
     return (
         f"No setting that was tried holds. The closest is {closest['name']}: {format_level(closest)}, "
         f"{describe_smoothness(closest)}, with {describe_loss(result, closest)}.{end}"
@@ -135,7 +138,11 @@ def format_level(row: JsonObject) -> str:
     """The level with its scope, or how far the setting came."""
     if row["verdict"] is not None:
         return " ".join(filter(None, [row["verdict"]["level"], row["verdict"]["scope"]]))
-    return "failed" if row["failure"] else "trained alone" if row["draw"] is None else "rough by one draw"
+    if row["failure"]:
+        return "failed"
+    if row["draw"] is None:
+        return "trained alone"
+    return "rough by one draw" if row["draw"] < PROMISING else "not certified"
 
 
 def capitalize_name(row: JsonObject) -> str:
@@ -144,9 +151,8 @@ def capitalize_name(row: JsonObject) -> str:
 
 
 def describe_verdict(row: JsonObject) -> str:
-    """The verdict of a setting in full."""
-    verdict = row["verdict"]
-    return " ".join(filter(None, [f"{format_level(row)}:", verdict["reason"], verdict["remedy"]]))
+    """The verdict of a setting in full, for other examples, too."""
+    return str(Verdict(**row["verdict"]))
 
 
 def choose_headline(result: JsonObject) -> tuple[str, str, str]:
@@ -169,7 +175,7 @@ def list_costs(result: JsonObject) -> list[str]:
         share = abs(result["optimism"] / row["losses"][result["part"]])
         sentences.append(
             f"{chosen} too low, by about {result['optimism']:.2g} {result['unit']} ({share:.1%}; bootstrap over its "
-            "examples, as if all settings within the limit held)."
+            "examples, as if all settings within the limit held that were not found too rough)."
         )
     else:
         sentences.append(f"{chosen} too low by chance; how much was not estimated.")

@@ -40,7 +40,7 @@ from bilevel_jax.runs.engine.folds import Turn, take_turn, turn_training_stream,
 from bilevel_jax.runs.engine.outer_loop import data_order_seed, train_and_estimate
 from bilevel_jax.runs.engine.reliability import fields_to_json, measure_estimate_reliability, reliability_from_json
 from bilevel_jax.runs.engine.trainer import EXTRA_LOSS_WORK, Trainer, check_hypergradient_finite
-from bilevel_jax.runs.infra import distributed, inputs, run_dir
+from bilevel_jax.runs.infra import distributed, inputs, run_dir, seals
 from bilevel_jax.runs.infra.checkpoint import keep_last_checkpoints
 from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.placement import replicate
@@ -241,7 +241,9 @@ class SettingJudge:
         try:
             trainer, gradient = self._differentiate(setting)
             cosine = draw_smoothness(trainer.task, trainer, self.session, gradient.point, share)
-        except (FloatingPointError, ValueError) as error:  # no derivative of the optimizer, or none that is finite
+        except (FloatingPointError, ValueError) as error:
+            if not isinstance(error, FloatingPointError) and (setting or isinstance(error, seals.DamagedFileError)):
+                raise  # only at the config's own setting a ValueError says that the optimizer has no derivative
             return {"cosine": None, "failure": str(error)}
         return {"cosine": cosine, "failure": ""}
 
@@ -394,10 +396,11 @@ def estimate_optimism(outcome: Outcome, example_losses: Mapping[str, list[float]
 
         mean over bootstraps b of the examples: L(k_b) - L_b(k_b) - (L(k) - L_b(k)),  k_b = argmin_j L_b(j)
 
-    where k is the proposed setting, over the settings that were within the limit, as if all of them held: of those that
-    hold there are fewer, so it is rather too large. None where nothing was proposed, or examples have no loss each.
+    where k is the proposed setting, over the settings that were within the limit and not found too rough, as if all of
+    them held. Those that were found too rough are left out: one of them may have the least loss, and was no choice.
+    None where nothing was proposed, or examples have no loss each.
     """
-    within = [trial for trial in outcome.trials if trial.trained.loss <= outcome.limit]
+    within = [trial for trial in outcome.trials if trial.trained.loss <= outcome.limit and not trial.is_rough]
     if outcome.proposed is None or any(example_losses[trial.name] is None for trial in within):
         return None
     losses = np.array([example_losses[trial.name] for trial in within])

@@ -237,6 +237,22 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "tune judges each setting by its certificates: leave it true",
     ),
     (
+        "certify.step_sizes",
+        lambda c: not hasattr(c, "tune") or max(c.certify.step_sizes, default=0.0) >= 0.1,
+        "has no step of .1, without which no setting is ever BELIEVEd: add one",
+    ),
+    (
+        "certify.removed",
+        lambda c: not hasattr(c, "tune") or c.certify.retrains > 0 or max(c.certify.removed, default=0.0) >= 0.1,
+        "has no share of .1 or more, without which and certify.retrains no setting is ever BELIEVEd: add one",
+    ),
+    (
+        "contradictions.draws",
+        lambda c: not hasattr(c, "tune") or c.contradictions.draws == 0,
+        "is of select, which may drop validation examples before it certifies: tune with --contradictions.draws 0, and "
+        "find the contradictions at the setting that it proposes",
+    ),
+    (
         "tune",
         lambda c: any(isinstance(value, tuple) and value for value in vars(c.tune).values()),
         "all lists are empty, so there is nothing to try: give tune.learning_rates",
