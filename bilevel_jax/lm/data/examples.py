@@ -47,6 +47,8 @@ class Example(NamedTuple):
     """Turns of the user at the end of a ShareGPT row that were left out, because nothing answers them."""
     unread_keys: tuple[str, ...] = ()
     """Keys of the row and of its messages with a value that other tools read, and that nothing reads here."""
+    names_source: bool = True
+    """False where the row has no source of its own, and `source` is the name of its file."""
 
     @property
     def where(self) -> str:
@@ -534,6 +536,7 @@ def _iter_examples(
                 row=count,
                 turns=turns,
                 source=source or files.source_name(path),
+                names_source=bool(source),
                 label=label,
                 file=path,
                 line=line,

@@ -6,7 +6,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from bilevel_jax.lm.data.examples import format_count
-from bilevel_jax.lm.data.files import source_name
 from bilevel_jax.runs.tasks.protocol import Task
 
 Mixture = Float[np.ndarray, "sources"]
@@ -67,8 +66,8 @@ def find_sources(task: Task) -> Sources:
 def require_sources(task: Task, what: str) -> Sources:
     """`find_sources`, where `what` needs at least two, and one of each example.
 
-    Raises ValueError for one source, and where some examples of a file name none: the name of the file, which they are
-    given, would be a source of its own.
+    Raises ValueError for one source; where some examples of a file name none, as the name of the file, which they are
+    given, would be a source of its own; and where two files that name none have one name.
     """
     sources = find_sources(task)
     if sources.num_trained < 2:
@@ -77,18 +76,19 @@ def require_sources(task: Task, what: str) -> Sources:
             f"{sources.names[int(np.argmax(sources.counts))]!r}. Set data.source_field to "
             "the key that tells sources apart, or leave it out."
         )
-    by_file: dict[str, set[str]] = {}
-    for example in task.examples:
-        by_file.setdefault(example.file, set()).add(example.source)
-    unnamed = [
-        example
-        for example in task.examples
-        if len(by_file[example.file]) > 1 and example.source == source_name(example.file)
-    ]
-    if unnamed:
-        first = unnamed[0]
+    naming = {example.file for example in task.examples if example.names_source}
+    unnamed = [example for example in task.examples if not example.names_source]
+    if in_naming := [example for example in unnamed if example.file in naming]:
+        first = in_naming[0]
         raise ValueError(
-            f"{what} needs the source of every example, and {format_count('example', len(unnamed))} of {first.file} "
+            f"{what} needs the source of every example, and {format_count('example', len(in_naming))} of {first.file} "
             f"name none under data.source_field (the first in line {first.line}). Name it, or leave them out."
         )
+    file_of: dict[str, str] = {}
+    for example in unnamed:
+        if (other := file_of.setdefault(example.source, example.file)) != example.file:
+            raise ValueError(
+                f"{what} tells sources apart by the names of files where rows name none, and {other} and "
+                f"{example.file} have one name. Rename one, or set data.source_field."
+            )
     return sources

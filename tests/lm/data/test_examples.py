@@ -191,6 +191,7 @@ def test_summary_names_the_format_of_each_file(tmp_path):
         "4 rows; 3 sharegpt from share.jsonl, 1 prompt from plain.json; 2 sources; 3 are copies of an earlier row; "
         "3 lost a last message of the user, which nothing answers"
     )
+    assert [(e.source, e.names_source) for e in examples] == [("share", False)] * 3 + [("web", True)]
     many = load_examples([put(tmp_path, lines({"text": f"{i}"}), f"{i}.jsonl") for i in range(5)])
     assert summarize_examples(many) == "5 rows; 5 text from 5 files; 5 sources"
     assert {example_kind(e) for e in many} == {"text"}

@@ -8,8 +8,11 @@ import pytest
 from bilevel_jax.runs.tasks.sources import find_sources, require_sources
 
 
-def task(*sources, dropped=(), file="rows.jsonl"):
-    examples = [SimpleNamespace(source=source, file=file, line=line) for line, source in enumerate(sources, 1)]
+def task(*sources, dropped=(), file="rows.jsonl", unnamed=()):
+    examples = [
+        SimpleNamespace(source=source, file=file, line=line, names_source=line not in unnamed)
+        for line, source in enumerate(sources, 1)
+    ]
     kept = np.setdiff1d(np.arange(len(sources)), dropped)
     return SimpleNamespace(examples=examples, trainable_indices=lambda: kept)
 
@@ -32,8 +35,13 @@ def test_one_source_and_examples_without_one_are_refused():
     with pytest.raises(ValueError, match="comes from 'web'"):
         require_sources(task("book", "web", "web", dropped=[0]), "proxy_fit")
     with pytest.raises(ValueError, match=r"2 examples of a/rows.jsonl name none under .* \(the first in line 2\)"):
-        require_sources(task("web", "rows", "rows", file="a/rows.jsonl"), "proxy_fit")
+        require_sources(task("web", "rows", "rows", file="a/rows.jsonl", unnamed=[2, 3]), "proxy_fit")
+    assert require_sources(task("web", "rows"), "proxy_fit").num_trained == 2  # a source with the name of its file
     assert require_sources(task("web", "book"), "proxy_fit").names == ["book", "web"]
-    files = task("one", "two")  # no example names its source: the files are the sources
+    files = task("one", "two", unnamed=[1, 2])  # the files are the sources
     files.examples[0].file, files.examples[1].file = "one.jsonl", "two.jsonl"
     assert require_sources(files, "proxy_fit").names == ["one", "two"]
+    same = task("train", "train", "other", unnamed=[1, 2])
+    same.examples[0].file, same.examples[1].file = "a/train.jsonl", "b/train.jsonl"
+    with pytest.raises(ValueError, match="a/train.jsonl and b/train.jsonl have one name"):
+        require_sources(same, "proxy_fit")
