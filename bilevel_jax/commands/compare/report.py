@@ -67,13 +67,17 @@ def render_compare_report(
             result.get("targets", []),
             {row["name"]: [cell.get("targets") for cell in row["runs"]] for row in result["rows"]},
         ),
-        ended=[
-            f"{row['name']}: {cell['ended']}." for row in result["rows"] for cell in row["runs"] if cell.get("ended")
-        ],
+        ended=_list_ends(result["rows"]),
     )
 
 
 # ---- in words
+
+
+def _list_ends(rows: list[JsonObject]) -> list[str]:
+    """Why methods stopped before their budget was spent: once for all seeds that ended alike."""
+    ends = [f"{row['name']}: {cell['ended']}." for row in rows for cell in row["runs"] if cell.get("ended")]
+    return list(dict.fromkeys(ends))
 
 
 def summarize_comparison(result: JsonObject) -> str:

@@ -57,8 +57,8 @@ def _source_names(rows: list[JsonObject]) -> list[str]:
 
 
 def _share(row: JsonObject, source: str) -> MeanInterval:
-    key = f"{SHARE_OF}{source}"
-    return MeanInterval(100 * float_or_nan(row["mean"].get(key)), 100 * float_or_nan(row["interval"].get(key)))
+    mean, half = (100 * float_or_nan(row[part].get(f"{SHARE_OF}{source}")) for part in ("mean", "interval"))
+    return MeanInterval(mean, 0.0 if half < 1e-9 else half)  # shares that are equal but for rounding
 
 
 def _mixtures_table(rows: list[JsonObject]) -> Table:
