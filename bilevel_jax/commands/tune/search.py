@@ -103,10 +103,11 @@ class Outcome(NamedTuple):
 
 
 def search(config: TuneConfig, changes: Mapping[str, Sequence[Setting]], judge: Judge, costs: Costs) -> Outcome:
-    """The setting of least loss among those that hold, within tune.budget.
+    """A setting that holds, with a loss that is low among those that were tried, within tune.budget.
 
     Rounds of candidates: of the first one the learning rates; of later ones each change of a setting, the learning rate
     among them, around the best that holds, or else around the smoothest within the limit, while there is a better one.
+    It ends with a setting that holds at a loss not above the config's own: a lower one may be there.
     In a round each candidate is trained once. Those within the limit go on in the order of their loss, larger batches
     last: a draw of metasmoothness; where it is promising finite differences; where these allow BELIEVE all other
     certificates; until one holds: the others would have a higher loss, or cost more.

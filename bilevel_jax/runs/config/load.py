@@ -175,6 +175,7 @@ class TuneConfig:
     once; those whose loss is at most tune.max_loss_increase above the config's own go on, least loss first; one draw of
     metasmoothness, which costs a quarter of all certificates, passes over what is rough; the first whose certificates
     hold is the best of them. Then one of the other settings is changed, around the best that holds or the smoothest.
+    It ends with a setting that holds at a loss not above the config's own; a lower one may be there.
 
     Writes tuned.yaml, the config with the proposed setting, ready for `bilevel-jax select`, and a report with the
     picture: loss against metasmoothness. A verdict at uniform weights says nothing of learned ones; `select` certifies
