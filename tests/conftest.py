@@ -2,18 +2,14 @@
 
 import gc
 import os
-from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # Set before jax starts, and in the environment, so that the processes that tests start inherit them.
-# Most of the tests' time is compiling. Code that is optimised less halves it, and XLA's older emitters of fused
-# operations take a third of that: for a step of the cipher's model 6.4, 3.1 and 1.1 s of CPU time, for a step back
-# 12.6, 7.0 and 2.3. Notebooks and benchmarks run what users run. XLA ends a program whose flags it does not know.
+# Most of the tests' time is compiling: code that is optimised less halves it. XLA's older emitters of fused operations
+# (--xla_cpu_use_fusion_emitters=false) would save a sixth more, but round otherwise than what users run.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-if version("jaxlib").startswith("0.10."):
-    FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # where there is a GPU, too
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))

@@ -237,6 +237,7 @@ def test_stopped_anywhere_and_resumed_changes_no_number(config, whole, tmp_path,
     assert a["verdict"] == b["verdict"] and a["certificate"] == b["certificate"]
 
 
+@pytest.mark.slow  # their sums are those of tests/runs/scoring/test_token_hypergradients.py
 def test_the_tokens_of_an_example_sum_to_its_entry_and_are_shown_escaped(made, tmp_path):
     (tmp_path / "audit.yaml").write_text(
         re.sub(r"^(retrain|selection):.*\n", "", (made / "select.yaml").read_text(), flags=re.M)

@@ -200,6 +200,7 @@ def test_the_command_drops_what_it_writes_down(made, whole, tmp_path):
     assert np.allclose(first, second, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_report_alone_changes_no_bit(made, tmp_path):
     reported = select(config_of(made, *MEASURED, *SMALL, "--out", str(tmp_path / "reported")))
     select(config_of(made, *SMALL, "--out", str(tmp_path / "plain")))
@@ -208,7 +209,7 @@ def test_a_report_alone_changes_no_bit(made, tmp_path):
     assert "steer the weights even so" in reported["contradictions"]["sentence"]
 
 
-@pytest.mark.parametrize("at", [3, 7, 11, 17])
+@pytest.mark.parametrize("at", [7, *(pytest.param(at, marks=pytest.mark.slow) for at in (3, 11, 17))])
 def test_a_stop_in_a_draw_changes_no_bit(made, whole, tmp_path, stop_at, at):
     """In training, in the backward pass, in a training of the chosen weights, in the next draw."""
     stop_at(at)
@@ -238,6 +239,7 @@ def test_what_cannot_be_measured_is_refused(made, tmp_path):
         select(config_of(made, *MEASURED, *SMALL, *folds))
 
 
+@pytest.mark.slow
 def test_preference_pairs_and_hostile_text(made, tmp_path):
     """Pairs judge by their own loss; the report escapes what it shows; rows that are too long have no gain."""
     rows = [json.loads(line) for line in (made / "pairs_validation.jsonl").read_text().splitlines()]

@@ -88,6 +88,7 @@ def test_the_result_and_the_report_of_select_tell_it(selected):
     assert "The model with learned weights against the model with uniform weights" in page
 
 
+@pytest.mark.slow
 def test_weights_that_stayed_uniform_give_no_difference(made, tmp_path):
     result = run_select(made, tmp_path / "out", "--outer.learning-rate", "1e-12")["evaluate"]
     line = result["comparisons"]["uniform"]["metrics"]["perplexity"]
@@ -124,6 +125,7 @@ def test_refine_compares_its_last_model_with_the_first(made, tmp_path):
     assert "The last accepted model against the first model" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow  # test_compare_answers stops among answers, too
 def test_a_stop_asks_nothing_twice_and_changes_no_number(made, tmp_path, monkeypatch):
     """Stopped while the judge replies: answers and verdicts are there, and no model is trained or read again."""
     for name in ("http_proxy", "HTTP_PROXY", "OPENAI_API_KEY"):

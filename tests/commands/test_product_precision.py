@@ -79,6 +79,7 @@ def test_compare_and_audit_refuse_it():
             load_config(config_class, None, ["--outer.product-precision", "high", "--model", "m", "--train", "t"])
 
 
+@pytest.mark.slow
 def test_each_round_of_refine_tells_it(made, tmp_path, capsys):
     flags = ("--refine.methods", "unrolled", "--refine.rounds", "1", "--refine.questions", "fixed", *LOWER)
     out = tmp_path / "run"

@@ -49,7 +49,10 @@ def whole(config, tmp_path_factory):
     return out, result, counts
 
 
-@pytest.mark.parametrize("weighting, estimate, steps", [("softmax", "pooled", 1), ("sigmoid", "auto", 3)])
+@pytest.mark.parametrize(
+    "weighting, estimate, steps",
+    [pytest.param("softmax", "pooled", 1, marks=pytest.mark.slow), ("sigmoid", "auto", 3)],
+)
 def test_the_steps_are_those_of_select(config, tmp_path, weighting, estimate, steps):
     """Without responses and at multiplicity 1: the weights, the reliability of the parts and the passes."""
     flags = [

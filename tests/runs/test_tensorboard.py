@@ -43,6 +43,7 @@ def scalars(events):
     }
 
 
+@pytest.mark.slow
 def test_they_hold_the_numbers_of_the_log_and_the_weights(made, tmp_path, stop_at):
     pytest.importorskip("tensorboardX")
     stop_at(14)
