@@ -571,7 +571,7 @@ def _direction(like: PyTree, number: Scalar | int) -> PyTree:
     leaves, structure = jax.tree.flatten(like)
 
     def direction(place: int, leaf: Array) -> Array:
-        h = jnp.full(leaf.shape, place, jnp.uint32)
+        h = jnp.zeros(leaf.shape, jnp.uint32)  # the entry's place; below, that of its leaf and the number
         for axis, size in enumerate(leaf.shape):
             h = h * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
         h = h + jnp.uint32(0x9E3779B9) * (jnp.uint32(len(leaves)) * jnp.asarray(number, jnp.uint32) + jnp.uint32(place))
