@@ -93,7 +93,8 @@ def run(name, *flags):
     return result, {row["name"]: row for row in result["rows"]}, pq.read_table(folder / name / "weights.parquet")
 
 
-methods = [name for name in METHODS if name not in ("pooled", "auto")]  # pooling is the subject of notebook 11
+# pooling is the subject of notebook 11, mixtures of sources (proxy_fit) that of configs/compare_mixtures.yaml
+methods = [name for name in METHODS if name not in ("pooled", "auto", "proxy_fit")]
 result, rows, weights = run("all", "--compare.methods", *methods)
 print(*result["notes"], sep="\n")
 print(f"Budget of each method and seed: {result['budget']} passes. One training: {result['steps']} passes.")
