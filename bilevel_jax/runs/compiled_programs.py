@@ -2,9 +2,12 @@
 
 import contextlib
 import hashlib
+import importlib
 import os
 import platform
+import zlib
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -12,6 +15,10 @@ LIMIT = 2**31
 """Bytes that the folder may hold at the start of a run."""
 DEFAULTS = {"jax_persistent_cache_min_compile_time_secs": 0.1, "jax_persistent_cache_min_entry_size_bytes": -1}
 """JAX's settings of what is kept: all but what is compiled in no time."""
+ENTRY_SUFFIX, CHECKED_FILE = "-cache", ".checked"
+"""The end of the name of an entry of JAX; the file that is as old as the last check."""
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+CHUNK_BYTES = 2**20
 
 
 def keep_compiled_programs() -> Path | None:
@@ -20,8 +27,8 @@ def keep_compiled_programs() -> Path | None:
     Nothing is changed where JAX has been told of a folder, or to keep none (JAX_COMPILATION_CACHE_DIR,
     JAX_ENABLE_COMPILATION_CACHE=false). A folder for each kind of CPU: a program for another's instructions would end
     the process, and homes are often shared by several kinds of machine. Where the folder holds more than `LIMIT`, what
-    was written first is removed. A program that was cut short while it was written is compiled again in every run, with
-    JAX's warning; remove the folder then.
+    was written first is removed, and so is a program that was cut short while it was written: JAX would read it again
+    in every run, warn of it, and never write it anew.
 
     Returns:
         The folder; None where none is kept, or none can be made.
@@ -36,6 +43,7 @@ def keep_compiled_programs() -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             return None
+        remove_cut_short(folder)
         remove_oldest(folder, LIMIT)
     except (OSError, RuntimeError):  # no home, or one that cannot be written: a run needs none of this
         return None
@@ -61,6 +69,51 @@ def remove_oldest(folder: Path, limit: int) -> None:
             return
         path.unlink(missing_ok=True)
         excess -= size
+
+
+def remove_cut_short(folder: Path) -> None:
+    """Remove the entries that a kill or a full disk has cut short.
+
+    An entry is written once and never changes, so only those are read that came since the last check. One that another
+    run is writing at this moment is removed, too: that run has the program, and a later one compiles it again.
+    """
+    checked, checking = folder / CHECKED_FILE, folder / f"{CHECKED_FILE}-{os.getpid()}"
+    checking.touch()  # of the clock of the file system, as the entries are; a check that is killed has not been made
+    since = checked.stat().st_mtime if checked.exists() else 0.0
+    for path in folder.glob(f"*{ENTRY_SUFFIX}"):
+        with contextlib.suppress(FileNotFoundError):  # another run removes files, too
+            if path.stat().st_mtime >= since and path.is_file() and not _is_whole(path):
+                path.unlink()
+    os.replace(checking, checked)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an entry is compressed data with its end; true for what this Python cannot read."""
+    with path.open("rb") as file:
+        start = file.read(len(ZSTD_MAGIC))
+        decompressor = _make_zstd_decompressor() if start == ZSTD_MAGIC else zlib.decompressobj()
+        if decompressor is None:
+            return True
+        try:
+            decompressor.decompress(start)
+            while chunk := file.read(CHUNK_BYTES):
+                if decompressor.eof:
+                    return False  # bytes after the end
+                decompressor.decompress(chunk)
+        except OSError:
+            raise
+        except Exception:  # each library has an error of its own for what is no data of its format
+            return False
+        return decompressor.eof
+
+
+def _make_zstd_decompressor() -> Any:
+    """That of the library by which JAX reads entries: of Python 3.14, or else the package; None without both."""
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("compression.zstd").ZstdDecompressor()
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("zstandard").ZstdDecompressor().decompressobj()
+    return None
 
 
 def _user_cache() -> Path:

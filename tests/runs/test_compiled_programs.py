@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import zlib
 from types import SimpleNamespace
 
 import jax
@@ -58,6 +59,37 @@ def test_what_was_written_first_is_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
 
 
+def test_what_was_cut_short_is_removed_and_nothing_else(tmp_path):
+    whole = zlib.compress(bytes(range(256)) * 9000)
+    contents = {
+        "whole": whole, "cut": whole[:-1], "begun": whole[:1], "empty": b"", "zeros": bytes(len(whole)),
+        "longer": whole + bytes(compiled_programs.CHUNK_BYTES), "damaged": whole[:-9] + bytes(9),
+    }  # fmt: skip
+    for name, content in contents.items():
+        (tmp_path / f"{name}-cache").write_bytes(content)
+    (tmp_path / "notes.txt").write_bytes(b"")
+    compiled_programs.remove_cut_short(tmp_path)
+    left = [".checked", "notes.txt", "whole-cache"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    for name, age in (("old", 9), ("new", -9)):  # of what was there at the last check nothing is read again
+        (tmp_path / f"{name}-cache").write_bytes(whole[:9])
+        time = (tmp_path / ".checked").stat().st_mtime - age
+        os.utime(tmp_path / f"{name}-cache", (time, time))
+    compiled_programs.remove_cut_short(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*left, "old-cache"])
+
+
+@pytest.mark.parametrize("library", ["compression.zstd", "zstandard"])
+def test_entries_of_zstandard_are_read_where_jax_can(tmp_path, library):
+    zstd = pytest.importorskip(library, reason=f"{library} is not installed: JAX compresses by zlib here")
+    make = getattr(zstd, "compress", None) or zstd.ZstdCompressor().compress
+    whole = make(os.urandom(500_000))
+    for name, content in (("whole", whole), ("cut", whole[:-1])):
+        (tmp_path / f"{name}-cache").write_bytes(content)
+    compiled_programs.remove_cut_short(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*-cache")) == ["whole-cache"]
+
+
 def test_what_the_user_told_jax_stays(untold, monkeypatch):
     before = jax.config.jax_persistent_cache_min_compile_time_secs
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "5")
@@ -109,7 +141,9 @@ print(hits.count("/jax/compilation_cache/cache_hits"))
 """
 
 
-def test_the_next_process_finds_them(tmp_path):
+@pytest.fixture
+def count_hits(tmp_path):
+    """Counts what the next process finds, in the folder of a user of its own."""
     told = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
     environment = {name: value for name, value in os.environ.items() if name not in told}
     environment["XDG_CACHE_HOME"] = str(tmp_path)
@@ -117,7 +151,23 @@ def test_the_next_process_finds_them(tmp_path):
     def hits() -> int:
         command = [sys.executable, "-c", SCRIPT]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        assert "persistent compilation cache" not in done.stderr  # as JAX warns
         return int(done.stdout)
 
-    assert hits() == 0
-    assert hits() >= 1
+    return hits
+
+
+def test_the_next_process_finds_them(count_hits):
+    assert count_hits() == 0
+    assert count_hits() >= 1
+
+
+@pytest.mark.slow
+def test_one_that_was_cut_short_is_compiled_anew_once(count_hits, tmp_path):
+    count_hits()
+    found = count_hits()
+    entries = {path: path.read_bytes() for path in tmp_path.rglob("*-cache")}
+    largest = max(entries, key=lambda path: path.stat().st_size)
+    os.truncate(largest, len(entries[largest]) // 2)  # as by a kill while it is written
+    assert count_hits() == found - 1 and len(largest.read_bytes()) > len(entries[largest]) // 2
+    assert count_hits() == found
