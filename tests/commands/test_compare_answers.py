@@ -270,6 +270,16 @@ def test_the_trainings_of_answers_are_counted(config, made, tmp_path):
     assert same == before and again.work == 2 * 1 * 10  # two seeds, one arm, ten steps
 
 
+def test_text_of_several_sources_may_be_compared_with_what_it_has_in_any_case(config, made, tmp_path):
+    flags = ["--data.source-field", "label", "--evaluate.prompts", str(made / "test.jsonl"), *ASK]
+    task = None
+    for baseline, more in (("stratified", ["window"]), ("uniform", ["window"]), ("uniform", [])):
+        given = [*flags, "--evaluate.baseline", baseline, "--compare.baselines", *(["oracle"] if more else ["uniform"])]
+        asked = load_config(CompareConfig, config, [*given, "--compare.methods", *more])
+        task = task or make_task_builder(asked, tmp_path)(0)
+        run_module._check_evaluated_arms(asked, task)
+
+
 WRONG = {
     "an arm that is not compared": (
         ["--evaluate.baseline", "random"],
@@ -280,9 +290,17 @@ WRONG = {
         ["--compare.baselines", "uniform", "low_loss_dev", "--evaluate.baseline", "low_loss_dev"],
         "evaluate.baseline = 'low_loss_dev': low_loss_dev chooses its share on dev, and there are no dev examples",
     ),
+    "one that only several sources have": (
+        ["--compare.baselines", "oracle", "--evaluate.baseline", "uniform"],
+        "evaluate.baseline = 'uniform' is none of the arms that are compared, as all examples come from one source",
+    ),
+    "stratified without sources": (
+        ["--evaluate.baseline", "stratified"],
+        "evaluate.baseline = 'stratified': stratified gives several sources equal shares, and all examples come from",
+    ),
     "one arm": (
         ["--compare.baselines", "uniform", "--compare.methods"],
-        "evaluate.baseline = 'uniform': is the only arm",
+        "evaluate.baseline = 'uniform' is the only arm that is possible here: name another one",
     ),
     "no judge": (["--evaluate.metrics", "preference"], "need a judge"),
     "too long": (["--generate.max-new-tokens", "4000"], "test.jsonl:1: the prompt has"),

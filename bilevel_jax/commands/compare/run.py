@@ -149,12 +149,20 @@ def _check_budget(config: CompareConfig, task: Task) -> None:
 def _check_evaluated_arms(config: CompareConfig, task: Task) -> None:
     """Raise ValueError where the baseline of the answers is no part of this comparison, or all of it."""
     labels, baseline = read_labels(task, sections_for_seed(config, 0).data), config.evaluate.baseline
-    absent = {name: reason for name in config.compare.baselines if (reason := why_absent(name, task, labels))}
+    baselines = with_source_baselines(config.compare.baselines, task)
+    absent = {name: reason for name in (*baselines, baseline) if (reason := why_absent(name, task, labels))}
     if baseline in absent:
         raise ValueError(f"evaluate.baseline = {baseline!r}: {absent[baseline]}. Or name another arm.")
-    if not {*config.compare.baselines, *config.compare.methods} - {*absent, baseline}:
+    arms = {*baselines, *config.compare.methods} - {*absent}
+    if baseline not in arms:
         raise ValueError(
-            f"evaluate.baseline = {baseline!r} is the only arm that is possible here ({'; '.join(absent.values())}): "
+            f"evaluate.baseline = {baseline!r} is none of the arms that are compared, as all examples come from one "
+            "source: add it to compare.baselines, or name one of compare.baselines and compare.methods."
+        )
+    if arms == {baseline}:
+        reasons = f" ({'; '.join(absent.values())})" if absent else ""
+        raise ValueError(
+            f"evaluate.baseline = {baseline!r} is the only arm that is possible here{reasons}: "
             "name another one in compare.baselines or compare.methods."
         )
 
@@ -271,7 +279,10 @@ class Repetition:
         is_kept = np.isin(np.arange(self.task.num_examples), arm.variant.example_indices)
         kept_weights = arm.variant.weights[: self.task.num_examples] * is_kept
         cell = self._retrain_cold(name, arm.variant, arm.variant.key) | {"ess": _effective_size(kept_weights)}
-        cell["mixture"] = describe_mixture(self.task, self.sections, kept_weights)
+        cell |= {
+            "mixture": describe_mixture(self.task, self.sections, kept_weights),
+            "max_weight": float(kept_weights.max()),
+        }
         self._answer(name, lambda: self.retrainer.take_params(arm.variant, arm.variant.key, 0))
         if self.labels is not None and arm.scores is not None:
             cell |= {"auc": self.labels.auc(arm.scores), "f1": self.labels.f1(is_kept)}
@@ -406,8 +417,10 @@ def _make_cell(task: Task, sections: MethodSections, outcome: MethodResult, oute
         "seconds": outcome.seconds,
         "trail": outcome.history,
         "ended": outcome.stop_reason,
+        "failures": list(outcome.failures),
         "validation_weight": outcome.validation_weight,
         "ess": float(effective_sample_size(jnp.asarray(outcome.weights))),
+        "max_weight": float(outcome.weights.max()),
         "sources": {name: float(outcome.weights[source_names == name].mean()) for name in sources}
         if 2 <= len(sources) <= 6
         else {},
@@ -449,7 +462,7 @@ def summarize_method(name: str, cells: dict[str, list[dict[str, Any]]]) -> dict[
     runs, method = cells[name], METHODS.get(name) if "trail" in cells[name][0] else None
     readings = {
         key: [cell[key] for cell in runs]
-        for key in (*PART_NAMES, "accuracy", "auc", "f1", "ess", "passes", "seconds")
+        for key in (*PART_NAMES, "accuracy", "auc", "f1", "ess", "max_weight", "passes", "seconds")
         if runs[0].get(key) is not None
     }
     for of in ("with_v", "own"):

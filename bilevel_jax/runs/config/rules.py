@@ -12,6 +12,7 @@ from bilevel_jax.runs.config.bounds import violation
 from bilevel_jax.runs.config.schema import (
     POOLED_METHODS,
     SINGLE_LOOP_METHODS,
+    SOURCE_BASELINES,
     OuterSection,
     ScoresSection,
     ScoreWeightsSection,
@@ -963,13 +964,20 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "evaluate.baseline",
-        lambda c: not _compares_answers(c) or c.evaluate.baseline in (*c.compare.baselines, *c.compare.methods),
+        lambda c: (
+            not _compares_answers(c)
+            or c.evaluate.baseline in (*c.compare.baselines, *c.compare.methods, *SOURCE_BASELINES)
+        ),
         "is none of the arms that are compared: add it to compare.baselines, or name one of compare.baselines and "
         "compare.methods",
     ),
     (
         "evaluate.baseline",
-        lambda c: not _compares_answers(c) or {*c.compare.baselines, *c.compare.methods} != {c.evaluate.baseline},
+        lambda c: (
+            not _compares_answers(c)
+            or {*c.compare.baselines, *c.compare.methods} != {c.evaluate.baseline}
+            or c.evaluate.baseline in SOURCE_BASELINES  # text of several sources has both
+        ),
         "is the only arm, and there is none to compare with it: name more in compare.baselines or compare.methods",
     ),
     (

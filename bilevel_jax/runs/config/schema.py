@@ -1032,6 +1032,8 @@ Baseline = Literal[
 ]  # fmt: skip
 DEFAULT_BASELINES: tuple[Baseline, ...] = get_args(Baseline)[:-1]
 """All baselines but `stratified`, which text of several sources has in any case."""
+SOURCE_BASELINES: tuple[Baseline, ...] = ("uniform", "stratified")
+"""Baselines that text of several sources has in any case."""
 
 ArmName = Literal[Baseline, CompareMethod]
 """What `compare` compares: a baseline or a method."""
@@ -1316,7 +1318,8 @@ class EvaluateArmsSection:
     """Prompts: files (jsonl, json, parquet) or the name of a dataset; empty: nothing is asked. Text alone."""
 
     baseline: ArmName = "uniform"
-    """Arm that every other one is compared with: one of compare.baselines or compare.methods."""
+    """Arm that every other one is compared with: one of compare.baselines or compare.methods, and of text of several
+    sources also uniform or stratified."""
 
     metrics: Annotated[tuple[EvaluateMetric, ...], Unique()] = ()
     """What is measured, the deciding one first; empty: preference, accuracy, perplexity, safety and refusal."""
