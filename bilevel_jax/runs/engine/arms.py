@@ -7,12 +7,13 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from bilevel_jax.lm.data.examples import format_count
+from bilevel_jax.runs.config.schema import SOURCE_BASELINES
 from bilevel_jax.runs.engine.retrain import LOSS_DIGITS, Retrainer, RetrainVariant
 from bilevel_jax.runs.scoring.scores import TRAINABLE_HOLDOUT_SCORES
 from bilevel_jax.runs.stats import top_indices
 from bilevel_jax.runs.tasks.evaluation import KnownLabels, evaluate_per_example, is_validation_trainable
 from bilevel_jax.runs.tasks.protocol import Task
-from bilevel_jax.runs.tasks.sources import find_sources
+from bilevel_jax.runs.tasks.sources import MAX_USAGE, find_sources
 from bilevel_jax.runs.tasks.text import TextTask
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -21,6 +22,8 @@ NEEDS_DEV = {"validation_early_stop": "its stopping step", "low_loss_dev": "its 
 """Arms that cannot be without dev examples -> what they choose on them."""
 SHARE_ON_DEV = ("low_loss_dev", "validation_model")
 """Arms that try every share of SHARES on dev."""
+MAX_NAMED_SOURCES = 3
+"""Sources that the meaning of an arm names."""
 
 
 class Arm(NamedTuple):
@@ -65,7 +68,7 @@ def why_absent(name: str, task: Task, labels: KnownLabels | None) -> str:
 def with_source_baselines(names: Sequence[str], task: Task) -> list[str]:
     """The baselines of a comparison: of text of several sources uniform and stratified, too, beside which every mixture
     is read."""
-    beside = ("uniform", "stratified") if isinstance(task, TextTask) and find_sources(task).num_trained > 1 else ()
+    beside = SOURCE_BASELINES if isinstance(task, TextTask) and find_sources(task).num_trained > 1 else ()
     return [*names, *(name for name in beside if name not in names)]
 
 
@@ -137,10 +140,13 @@ def _validation_model(task: Task, retrainer: Retrainer, inputs: ArmInputs) -> Ar
 
 
 def _stratified(task: Task, retrainer: Retrainer, inputs: ArmInputs) -> Arm:
-    sources = find_sources(task)
+    sources, meaning = find_sources(task), "every source, equal shares"
     weights = np.ones(task.corpus.num_examples)
-    weights[: task.num_examples] = sources.weights(sources.stratified())
-    return Arm(make_variant("stratified", "every source, equal shares", task, task.trainable_indices(), weights))
+    weights[: task.num_examples] = sources.weights(mixture := sources.stratified())
+    if tiny := [name for name, share in zip(sources.names, mixture, strict=True) if 0 < share < mixture.max() - 1e-9]:
+        shown = ", ".join(tiny[:MAX_NAMED_SOURCES]) + ("" if len(tiny) <= MAX_NAMED_SOURCES else " and others")
+        meaning += f", but less of {shown}: no example weighs more than {MAX_USAGE:g}"
+    return Arm(make_variant("stratified", meaning, task, task.trainable_indices(), weights))
 
 
 SIMPLE_ARMS: dict[str, Callable[[Task, Retrainer, ArmInputs], Arm]] = {

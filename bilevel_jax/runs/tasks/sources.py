@@ -10,6 +10,12 @@ from bilevel_jax.runs.tasks.protocol import Task
 
 Mixture = Float[np.ndarray, "sources"]
 """The share of each source in the weight of all examples; at least 0, of sum 1."""
+MAX_USAGE = 15.0
+"""The largest share of a source over its natural one in a mixture that is not learned, so the largest weight of an
+example.
+
+RegMix draws none above it; and by the law of Muennighoff et al. 2023 (arXiv 2305.16264) about the fifteenth repeat of
+data is worth 1/e of new ones, where the first four are worth nearly as much."""
 
 
 class Sources(NamedTuple):
@@ -50,9 +56,18 @@ class Sources(NamedTuple):
         totals = np.bincount(self.indices[self.is_trained], weights[self.is_trained], len(self.names))
         return totals / totals.sum()
 
-    def stratified(self) -> Mixture:
-        """The mixture in which all sources that are trained on have the same share."""
-        return (self.counts > 0) / self.num_trained
+    def stratified(self, max_usage: float = MAX_USAGE) -> Mixture:
+        """The mixture in which all sources that are trained on have the same share, but for tiny ones.
+
+        No share is above `max_usage` times the natural one; the others have the rest in equal parts (UniMax, Chung et
+        al. 2023, arXiv 2304.09151).
+        """
+        most, shares, rest = max_usage * self.natural, np.zeros(len(self.names)), 1.0
+        order = [place for place in np.argsort(most, kind="stable") if most[place]]  # the tiniest first
+        for number, place in enumerate(order):
+            shares[place] = min(most[place], rest / (len(order) - number))
+            rest -= shares[place]
+        return shares
 
 
 def find_sources(task: Task) -> Sources:

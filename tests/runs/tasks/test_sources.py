@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bilevel_jax.runs.tasks.sources import find_sources, require_sources
+from bilevel_jax.runs.tasks.sources import MAX_USAGE, find_sources, require_sources
 
 
 def task(*sources, dropped=(), file="rows.jsonl", unnamed=()):
@@ -27,6 +27,16 @@ def test_a_mixture_is_the_share_of_the_weight_of_what_is_trained_on():
     assert sources.mixture(np.ones(6)).tolist() == sources.natural.tolist()
     one = find_sources(task("a", *"bbbbbbb"))
     assert one.weights(one.stratified()).tolist() == [4.0, *[4 / 7] * 7]  # a source of one example
+
+
+def test_no_example_of_a_tiny_source_weighs_more_than_the_bound():
+    """Equal shares with a cap, as UniMax: what a tiny source cannot take is shared by the others."""
+    sources = find_sources(task("a", "b", "b", *"c" * 40, *"d" * 57, dropped=[]))
+    mixture, weights = sources.stratified(), sources.weights(sources.stratified())
+    assert mixture == pytest.approx([0.15, 0.28333, 0.28333, 0.28333], abs=1e-5)
+    assert weights[0] == weights.max() == pytest.approx(MAX_USAGE) and weights.mean() == pytest.approx(1)
+    assert sources.stratified(2.0) == pytest.approx([0.02, 0.04, 0.47, 0.47])
+    assert sources.stratified(1.0) == pytest.approx(sources.natural)
 
 
 def test_one_source_and_examples_without_one_are_refused():
