@@ -158,7 +158,7 @@ def find_mixtures(
         return train_proxies(task, sections._replace(compare=most), session.part_session("proxies"))
 
     def fit(chosen: slice) -> np.ndarray:
-        records = run_proxies()[chosen]
+        records = [record for record in run_proxies()[chosen] if record["judged"] is not None]
         mixtures, losses = (np.array([record[key] for record in records]) for key in ("mixture", "judged"))
         return choose_mixture(sources.natural, mixtures, losses, (sections.data.seed, 6))[0]
 
@@ -166,7 +166,8 @@ def find_mixtures(
         yield name, float(chosen.stop - (chosen.start or 0)), partial(fit, chosen)
 
     def search() -> np.ndarray:
-        tried = [(record["loss"]["test"], np.array(record["mixture"])) for record in run_proxies()]
+        finite = [record for record in run_proxies() if record["judged"] is not None]
+        tried = [(record["loss"]["test"], np.array(record["mixture"])) for record in finite]
         for place, mixture in enumerate(draw_mixtures(sources.natural, plan.num_searched, (sections.data.seed, 7))):
             tried.append((read_test(f"search {place}", mixture, range(100, 101))[0], mixture))
         return min(tried, key=lambda pair: pair[0])[1]

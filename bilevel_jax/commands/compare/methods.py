@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from bilevel_jax.commands.compare.proxies import MixingLaw, choose_mixture, draw_mixtures
+from bilevel_jax.commands.compare.proxies import MIN_PROXIES, MixingLaw, choose_mixture, draw_mixtures
 from bilevel_jax.core.types import Params
 from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.core.weightings import effective_sample_size
@@ -67,6 +68,8 @@ class MethodResult(NamedTuple):
     """The model that a single-loop method trained itself, on V too."""
     validation_weight: float = 1.0
     """The weight of each validation example in a training on them, too."""
+    failures: tuple[str, ...] = ()
+    """Trainings that diverged and are left out, each with the reason."""
 
 
 class MethodSpec(NamedTuple):
@@ -141,7 +144,8 @@ def _run_proxies(task: Task, sections: MethodSections, session: Session, budget:
     """compare.proxy_runs trainings on mixtures that are drawn, and the best mixture by a regression over them."""
     sources = require_sources(task, "proxy_fit")
     records = train_proxies(task, sections, session)
-    mixtures, losses = (np.array([record[key] for record in records]) for key in ("mixture", "judged"))
+    finite = [record for record in records if record["judged"] is not None]
+    mixtures, losses = (np.array([record[key] for record in finite]) for key in ("mixture", "judged"))
     mixture, law = choose_mixture(sources.natural, mixtures, losses, (sections.data.seed, 6))
     session.log.write(
         {
@@ -150,6 +154,7 @@ def _run_proxies(task: Task, sections: MethodSections, session: Session, budget:
             "law": law.form,
             "error": law.error,
             "constant_error": law.constant_error,
+            "left_out": len(records) - len(finite),
         }
     )
     return MethodResult(
@@ -158,6 +163,7 @@ def _run_proxies(task: Task, sections: MethodSections, session: Session, budget:
         sum(record["work"] for record in records),
         _total_seconds(records),
         _describe_end(len(records), task.num_steps, budget, law),
+        failures=tuple(record["failure"] for record in records if record["judged"] is None),
     )
 
 
@@ -170,9 +176,10 @@ def _describe_end(count: int, num_steps: int, budget: float, law: MixingLaw) -> 
 
 def train_proxies(task: Task, sections: MethodSections, session: Session) -> list[dict[str, Any]]:
     """A record of each proxy run: its mixture, its losses, and the one that is fitted: `judged`, the loss of validation
-    and dev examples, as the other methods read both.
+    and dev examples, as the other methods read both. It is None for one that diverged, with the `failure` in words.
 
     Each has a data order of its own, as the trainings of the outer loop, and is resumed at the run that was stopped.
+    Raises FloatingPointError where too few are left for a fit.
     """
     sources, count = require_sources(task, "proxy_fit"), sections.compare.proxy_runs
     mixtures = draw_mixtures(sources.natural, count, (sections.data.seed, 5))
@@ -182,35 +189,69 @@ def train_proxies(task: Task, sections: MethodSections, session: Session) -> lis
     if restored := checkpoint.restore_checkpoint(folder, mixtures):
         records = restored.meta["records"]
         session.restore_work(sum(record["work"] for record in records))
+    _check_enough_proxies(records, count)
     for run in range(len(records), count):
         session.set_phase(f"proxy run {run + 1} of {count}")
         work_before, began = session.work_done, time.monotonic()
         weights = place_table(task.mesh, sources.weights(mixtures[run]).astype(jnp.result_type(float)))
-        start = trainer.init_state(task.init_params(sections.train.seed))
-        stream = task.training_stream(data_order_seed(sections.data, sections.outer, run))
-        params = trainer.run(weights, start, stream).end.params
-        losses = held_out_losses(task, loss_fn, params, task.frozen(start.params))
-        judged = {part: loss for part in ("validation", "dev") if (loss := losses[part]) is not None}
+        losses, failure = _train_proxy(trainer, sections, weights, run, loss_fn)
+        judged = {part: loss for part in ("validation", "dev") if (loss := losses.get(part)) is not None}
+        shares = [max(1, sizes[part]) for part in judged]
         record = {
             "mixture": mixtures[run].tolist(),
             "loss": losses,
-            "judged": float(np.average(list(judged.values()), weights=[max(1, sizes[part]) for part in judged])),
+            "judged": None if failure else float(np.average(list(judged.values()), weights=shares)),
+            "failure": failure and f"proxy run {run + 1} of {count}: {failure}",
             "ess": float(effective_sample_size(weights)),
             "work": session.work_done - work_before,
             "seconds": time.monotonic() - began,
         }
-        if not math.isfinite(record["judged"]):
-            raise FloatingPointError(f"the loss of proxy run {run + 1} is {record['judged']}: lower the learning rate.")
+        if failure:
+            session.print_line(f"{record['failure']}. It is left out of the fit.")
         records.append(record)
         session.log.write({"event": "proxy", "step": run, **record})
         checkpoint.save_checkpoint(folder, run, mixtures, {"records": records})
         session.mark_saved()
+        _check_enough_proxies(records, count)
     return records
 
 
+def _train_proxy(
+    trainer: Trainer, sections: MethodSections, weights: jax.Array, run: int, loss_fn: Any
+) -> tuple[dict[str, float | None], str]:
+    """(the losses after one training, or none, and why it diverged)."""
+    task = trainer.task
+    start = trainer.init_state(task.init_params(sections.train.seed))
+    stream = task.training_stream(data_order_seed(sections.data, sections.outer, run))
+    try:
+        params = trainer.run(weights, start, stream).end.params
+    except FloatingPointError as error:
+        return {}, str(error).partition(". Lower ")[0]  # the remedy is for all runs
+    losses = held_out_losses(task, loss_fn, params, task.frozen(start.params))
+    for part in ("validation", "dev"):
+        if (loss := losses[part]) is not None and not math.isfinite(loss):
+            return {}, f"its {part} loss is {loss}"
+    return losses, ""
+
+
+def _check_enough_proxies(records: list[dict[str, Any]], count: int) -> None:
+    """Raise FloatingPointError as soon as too few of so many proxy runs can be left for a fit."""
+    failures = [record["failure"] for record in records if record["judged"] is None]
+    if count - len(failures) < MIN_PROXIES:
+        raise FloatingPointError(
+            f"proxy_fit needs {MIN_PROXIES} proxy runs with a finite loss, and {len(failures)} of {count} have "
+            f"diverged ({failures[0]}). Lower optimizer.learning_rate, set optimizer.max_grad_norm, or leave it out of "
+            "compare.methods, and start anew with --out."
+        )
+
+
 def _best_so_far(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The proxy runs, each with the losses of the best one until then."""
-    best = [min(records[: end + 1], key=lambda record: record["judged"]) for end in range(len(records))]
+    """The proxy runs, each with the losses of the best one until then; none where all have diverged."""
+
+    def judged(record: dict[str, Any]) -> float:
+        return math.inf if record["judged"] is None else record["judged"]
+
+    best = [min(records[: end + 1], key=judged) for end in range(len(records))]
     return [record | {"loss": of["loss"], "ess": of["ess"]} for record, of in zip(records, best, strict=True)]
 
 

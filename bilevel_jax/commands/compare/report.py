@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from bilevel_jax.commands.compare.report_answers import describe_arm_answers, format_answers_markdown
 from bilevel_jax.commands.compare.report_mixtures import describe_mixtures, format_mixtures_markdown
+from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.figures import Series
 from bilevel_jax.runs.report.html import Column, Table, bold_cell, make_table, render_page
@@ -68,6 +69,7 @@ def render_compare_report(
             {row["name"]: [cell.get("targets") for cell in row["runs"]] for row in result["rows"]},
         ),
         ended=_list_ends(result["rows"]),
+        left_out=_list_left_out(result["rows"]),
     )
 
 
@@ -78,6 +80,17 @@ def _list_ends(rows: list[JsonObject]) -> list[str]:
     """Why methods stopped before their budget was spent: once for all seeds that ended alike."""
     ends = [f"{row['name']}: {cell['ended']}." for row in rows for cell in row["runs"] if cell.get("ended")]
     return list(dict.fromkeys(ends))
+
+
+def _list_left_out(rows: list[JsonObject]) -> list[str]:
+    """How many trainings diverged and were left out by each method and seed, and why the first did."""
+    return [
+        f"{row['name']}, seed {seed}: {format_count('training', len(failures))} diverged and left out of its fit. "
+        f"The first is {failures[0]}."
+        for row in rows
+        for seed, cell in enumerate(row["runs"])
+        if (failures := cell.get("failures"))
+    ]
 
 
 def summarize_comparison(result: JsonObject) -> str:

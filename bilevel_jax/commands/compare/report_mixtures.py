@@ -61,10 +61,16 @@ def _share(row: JsonObject, source: str) -> MeanInterval:
     return MeanInterval(mean, 0.0 if half < 1e-9 else half)  # shares that are equal but for rounding
 
 
+def _reading(row: JsonObject, key: str) -> MeanInterval:
+    return MeanInterval(*(float_or_nan(row[part].get(key)) for part in ("mean", "interval")))
+
+
 def _mixtures_table(rows: list[JsonObject]) -> Table:
     return make_table(
         Column("", [bold_cell(row["name"]) for row in rows]),
         *(Column(source, [_share(row, source) for row in rows], "%") for source in _source_names(rows)),
+        Column("ESS", [_reading(row, "ess") for row in rows], "examples"),
+        Column("largest weight", [_reading(row, "max_weight") for row in rows], "of an example"),
         row_classes={index: "strong" for index, row in enumerate(rows) if row["learns"]},
         css_class="bench",
     )
