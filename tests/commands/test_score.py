@@ -26,6 +26,7 @@ from bilevel_jax.runs.config.schema import RaterSection, SelectionSection
 from bilevel_jax.runs.engine import raters
 from bilevel_jax.runs.engine.raters import CHUNK_EXAMPLES
 from bilevel_jax.runs.engine.selection import describe_shortfall, describe_ties, select_examples
+from bilevel_jax.runs.infra import distributed, run_dir
 from bilevel_jax.runs.infra.session import Interrupted
 from bilevel_jax.runs.scoring import features
 from tests.commands.run_table import contents, differences, without_clock
@@ -342,10 +343,13 @@ def test_a_chunk_that_is_not_seen_is_waited_for_and_then_named(tmp_path, monkeyp
     """Another machine has written it; without it the table would lack its rows."""
     seen, late = tmp_path / "seen", tmp_path / "late"
     seen.touch()
+    with pytest.raises(FileNotFoundError, match="late: no such file, though all 2 chunks are scored"):
+        chunks.wait_for_chunks([seen, late])  # of one process, which has nobody to wait for
+    monkeypatch.setattr(distributed, "is_multiprocess", lambda: True)
     threading.Timer(0.3, late.touch).start()
     chunks.wait_for_chunks([seen, late])
-    monkeypatch.setattr(chunks, "SEEN_SECONDS", 0.0)
-    with pytest.raises(FileNotFoundError, match="never: no such file, though all 2 chunks are scored"):
+    monkeypatch.setattr(run_dir, "SEEN_SECONDS", 0.0)
+    with pytest.raises(FileNotFoundError, match="never: process 0 on .* waited 0 s.* A network disk .*Remove nothing"):
         chunks.wait_for_chunks([seen, tmp_path / "never"])
 
 

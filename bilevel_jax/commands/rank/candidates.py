@@ -85,6 +85,7 @@ def write_candidates(
     is_kept = distributed.is_there(path)
     write = partial(_write, config, rank_model, questions, session, path)
     notes = session.run_once("candidates", write, is_kept=is_kept)
+    run_dir.wait_until_seen(path)
     return str(path), notes
 
 

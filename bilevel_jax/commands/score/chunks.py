@@ -2,8 +2,8 @@
 
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +18,6 @@ from bilevel_jax.runs.infra import run_dir, seals
 from bilevel_jax.storage import copies, urls
 
 RADIX_BITS = 16
-SEEN_SECONDS = 120.0
-"""Seconds within which a file of another machine is seen: NFS remembers for 60 that it was not there."""
 Metadata = dict[bytes, bytes]
 """Of the schema of a parquet file."""
 
@@ -50,18 +48,17 @@ def list_chunks(folder: Path) -> list[Path]:
 
 
 def wait_for_chunks(paths: Sequence[Path]) -> None:
-    """Return when all chunks are seen; a folder that several machines share may show those of others later.
+    """Return when this process sees all chunks, which other processes wrote, too.
 
-    Raises FileNotFoundError for one that is not seen after SEEN_SECONDS.
+    Raises FileNotFoundError for one that it does not see after a while.
     """
-    end = time.monotonic() + SEEN_SECONDS
-    while missing := [path for path in paths if not path.exists()]:
-        if time.monotonic() > end:
-            raise FileNotFoundError(
-                f"{missing[0]}: no such file, though all {len(paths):,} chunks are scored. All processes need to see "
-                "one folder: give an --out that they share."
-            )
-        time.sleep(0.1)
+
+    def look(path: Path) -> None:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file, though all {len(paths):,} chunks are scored.")
+
+    for path in paths:
+        run_dir.read_when_seen(path, partial(look, path), by_any=True)
 
 
 def write_chunk(

@@ -77,7 +77,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
 
 def _run_scoring(config: ScoreConfig, scorer: Scorer, session: Session) -> dict[str, Any]:
     folder = session.folder
-    distributed.run_on_first_process(lambda: chunk_path(folder, 0).parent.mkdir(parents=True, exist_ok=True))
+    chunk_path(folder, 0).parent.mkdir(parents=True, exist_ok=True)  # in every process, as each writes there
     paths = [folder / SCORES_FILE]
     if not distributed.is_there(folder / SCORES_FILE):
         num_chunks = _score_chunks(config, scorer, session)

@@ -349,7 +349,7 @@ def read_rater(folder: str | Path) -> Rater:
     document, difference = seals.find_document_difference(folder / DOCUMENT_FILE)
     if document is None or difference:
         raise seals.DamagedFileError(
-            f"{folder}: {difference}. Put back a copy of the folder, or learn the rater again."
+            f"{folder}: {difference}.", "Put back a copy of the folder, or learn the rater again."
         )
     if document.get("format") != FORMAT:
         raise ValueError(

@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from bilevel_jax.runs.infra import distributed, seals
-from bilevel_jax.runs.infra.run_dir import disk_full_error, fsync_path, remove_folder
+from bilevel_jax.runs.infra.run_dir import disk_full_error, fsync_path, read_when_seen, remove_folder
 from bilevel_jax.runs.infra.seals import MANIFEST_FILE
 from bilevel_jax.storage import copies
 
@@ -110,6 +110,7 @@ def restore_checkpoint(folder: str | Path, like: PyTree, step: int | None = None
 
     `like` holds arrays or jax.ShapeDtypeStruct. A step that is damaged or incomplete is passed over with a warning that
     says what is wrong with it. A sound step of another structure is an error: going further back would not help.
+    Of several processes the first one says which step that is; the others wait until they see it.
     """
 
     def find_valid_manifest() -> dict[str, Any] | None:
@@ -124,10 +125,14 @@ def restore_checkpoint(folder: str | Path, like: PyTree, step: int | None = None
     if manifest is None:
         return None
     path = _step_folder(folder, manifest["step"])
-    seen, problem = _verify(path, contents=False)
-    if seen is None or seals.format_json(seen) != seals.format_json(manifest):
-        problem = problem or "the first process sees another one of that number"
-        raise ValueError(f"checkpoint {path} is refused: {problem}. All processes need to see {folder}.")
+
+    def find_same() -> None:
+        seen, problem = _verify(path, contents=False)
+        if seen is None or seals.format_json(seen) != seals.format_json(manifest):
+            raise seals.DamagedFileError(problem or "another checkpoint of that number is there")
+
+    if not distributed.is_first_process():
+        read_when_seen(path, find_same)
     return RestoredCheckpoint(_load_tree(path, manifest, like), manifest["meta"], manifest["step"])
 
 
@@ -180,10 +185,16 @@ def make_snapshot_store(folder: str | Path) -> SnapshotStore:
 
     def get(step: int, like: PyTree) -> PyTree:
         path = _step_folder(folder, step)
-        manifest, problem = _verify(path)
-        if manifest is None:
-            raise ValueError(f"snapshot {path} is refused: {problem}. Remove {folder} and train again to replace it.")
-        return _load_tree(path, manifest, like)
+
+        def find_sound() -> dict[str, Any]:
+            manifest, problem = _verify(path)
+            if manifest is None:
+                raise seals.DamagedFileError(
+                    f"snapshot {path} is refused: {problem}.", f"Remove {folder} and train again to replace it."
+                )
+            return manifest
+
+        return _load_tree(path, read_when_seen(path, find_sound, by_any=True), like)
 
     return SnapshotStore(put, get, lambda step: remove_folder(_step_folder(folder, step)))
 

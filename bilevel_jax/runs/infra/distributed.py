@@ -83,7 +83,12 @@ def is_multiprocess() -> bool:
 
 def is_first_process() -> bool:
     """Whether this is the process that writes and talks."""
-    return not is_multiprocess() or jax.process_index() == 0
+    return process_number() == 0
+
+
+def process_number() -> int:
+    """The number of this process, from 0."""
+    return jax.process_index() if is_multiprocess() else 0
 
 
 def is_alone_at_work() -> bool:

@@ -119,8 +119,9 @@ class Journal:
                 place = LineEnd(size, place.lines + 1, seal)
         except seals.DamagedLineError:
             raise seals.DamagedFileError(
-                f"{self.path}:{place.lines + 1}: not what was written there. A stopped run tears the last line only, "
-                "so this file was changed later, or is of another run; put back a copy of it, or remove it."
+                f"{self.path}:{place.lines + 1}: not what was written there.",
+                "A stopped run tears the last line only, so this file was changed later, or is of another run; put "
+                "back a copy of it, or remove it.",
             ) from None
         return place
 

@@ -11,12 +11,13 @@ import os
 import re
 import shutil
 import socket
+import time
 import uuid
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,7 @@ from bilevel_jax.runs.config.local_paths import hide_local_paths
 from bilevel_jax.runs.infra import distributed, seals
 from bilevel_jax.storage import copies
 
+ResultT = TypeVar("ResultT")
 CONFIG_FILE = seals.CONFIG_FILE  # the resolved config: what makes a folder a run's folder
 LOCK_FILE = ".lock"
 RESULT_FILE = "result.json"
@@ -39,6 +41,10 @@ LEFTOVER_FOLDER = re.compile(r"\.(?P<name>step_[0-9]+)\.(?P<kind>part|old)|\..+\
 """What a process that was killed leaves behind: what it had not finished writing, and what it was about to remove."""
 STEP_FILE = re.compile(r"(?P<step>(?:.*/)?step_[0-9]+)/")
 """The name of a file of a checkpoint."""
+SEEN_SECONDS = 120.0
+"""Seconds within which a file of another machine is seen: NFS remembers for 60 that it was not there."""
+FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.1, 2.0
+"""Waits between two looks at such a file: each is twice the one before, up to the last."""
 
 
 def create_run_dir(path: str | Path, resume: bool = False) -> Path:
@@ -261,18 +267,72 @@ def write_arrays(path: str | Path, arrays: np.ndarray | Mapping[str, np.ndarray]
     distributed.run_on_first_process(write)
 
 
+def read_when_seen(path: str | Path, read: Callable[[], ResultT], *, by_any: bool = False) -> ResultT:
+    """What `read` returns of `path`, a file or folder that another process of the run may have written.
+
+    A disk that several machines share may show it late: of several processes one that does not find it as it was
+    written tries again for SEEN_SECONDS. The first process, which writes, does so only for what is written `by_any`.
+
+    Raises FileNotFoundError for what is not seen by then; elsewhere what `read` raises, at once.
+    """
+    is_late = distributed.is_multiprocess() and (by_any or not distributed.is_first_process())
+    end, pause = time.monotonic() + SEEN_SECONDS, FIRST_POLL_SECONDS
+    while True:
+        try:
+            return read()
+        except (OSError, seals.DamagedFileError) as error:
+            if not is_late or not _may_be_late(error):
+                raise
+            if time.monotonic() > end:
+                problem = error.problem if isinstance(error, seals.DamagedFileError) else "it is missing"
+                raise FileNotFoundError(
+                    f"{path}: process {distributed.process_number()} on {socket.gethostname()} waited "
+                    f"{SEEN_SECONDS:.0f} s, and does not see what another process wrote there ({problem}). A network "
+                    "disk may show it later (NFS: mount it with a smaller actimeo), or the processes do not see one "
+                    "folder: give an --out that they share. Remove nothing, and go on with --resume."
+                ) from error
+        time.sleep(pause)
+        pause = min(2 * pause, LAST_POLL_SECONDS)
+
+
+def _may_be_late(error: OSError | seals.DamagedFileError) -> bool:
+    is_named = isinstance(error, FileNotFoundError | seals.DamagedFileError)
+    return is_named or error.errno == errno.ESTALE  # a file that another one has replaced
+
+
+def wait_until_seen(path: str | Path) -> None:
+    """Return when this process sees a file, or a folder with all of its files, that the first one wrote into the run.
+
+    Raises FileNotFoundError for one that it does not see after SEEN_SECONDS.
+    """
+    path = Path(path)
+
+    def look() -> None:
+        seals.check(path)
+        if not (seals.is_noted_folder(path) if path.is_dir() else path.exists()):
+            raise FileNotFoundError(f"{path} is missing, or not whole.")
+
+    if not distributed.is_first_process():
+        read_when_seen(path, look)
+
+
 def read_bytes(path: str | Path) -> bytes:
     """What a file holds, if that is what was written to it.
 
     Raises seals.DamagedFileError for a file of a run that was changed, cut, swapped or deleted.
     """
-    seals.check(path)
-    try:
-        return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} is missing, and nothing makes it again here. Put back a copy of it, or start a new run with --out."
-        ) from None
+
+    def read() -> bytes:
+        seals.check(path)
+        try:
+            return Path(path).read_bytes()
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{path} is missing, and nothing makes it again here. Put back a copy of it, or start a new run with "
+                "--out."
+            ) from None
+
+    return read_when_seen(path, read)
 
 
 def read_text(path: str | Path) -> str:

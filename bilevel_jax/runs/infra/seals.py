@@ -34,7 +34,11 @@ _SEAL_KEY = b', "seal": "'
 
 
 class DamagedFileError(ValueError):
-    """A file does not hold what was written to it."""
+    """A file does not hold what was written to it; `problem` is the error's text without what helps."""
+
+    def __init__(self, problem: str, remedy: str = ""):
+        self.problem = problem
+        super().__init__(f"{problem} {remedy}" if remedy else problem)
 
 
 class DamagedLineError(DamagedFileError):
@@ -245,7 +249,8 @@ class Ledger:
         except FileNotFoundError:
             raise DamagedFileError(
                 f"{self.path} is missing: it says what the files of the run held, and without it nobody can tell "
-                "whether they are whole. Put back a copy of it, or start a new run with --out."
+                "whether they are whole.",
+                "Put back a copy of it, or start a new run with --out.",
             ) from None
         if status.st_ino != self._inode or status.st_size < self._size:
             self._clear()
@@ -257,12 +262,13 @@ class Ledger:
         except DamagedLineError as error:
             raise DamagedFileError(
                 f"{self.path}:{self._lines + error.number}: not as it was written, so nobody can tell whether the "
-                "files of the run are whole. Put back a copy of it, or start a new run with --out."
+                "files of the run are whole.",
+                "Put back a copy of it, or start a new run with --out.",
             ) from None
         if not self.run:
             raise DamagedFileError(
-                f"{self.path} is empty: it said what the files of the run held. Put back a copy of it, or start a new "
-                "run with --out."
+                f"{self.path} is empty: it said what the files of the run held.",
+                "Put back a copy of it, or start a new run with --out.",
             )
         return self
 
@@ -509,7 +515,8 @@ def find_run(path: str | Path) -> RunFile | None:
             if has_seals:
                 raise DamagedFileError(
                     f"{root / MANIFEST_FILE} is damaged, or it and {root / SEALS_FILE} are of two runs: it says what "
-                    "the files of the run hold. Put back a copy, or remove it: --resume of the run writes it again."
+                    "the files of the run hold.",
+                    "Put back a copy, or remove it: --resume of the run writes it again.",
                 )
         if has_seals:
             ledger = Ledger(root).read()
@@ -558,7 +565,7 @@ def raise_damage(root: Path, damages: list[Damage], is_finished: bool) -> None:
         remedy = f"Put back a copy of {it}, or remove {it}: --resume of the run makes {it} again."
     if not is_finished:
         remedy += f" (What was written is said by {root / SEALS_FILE}, which may be another run's.)"
-    raise DamagedFileError(f"{format_damages(root, damages)}. {remedy}")
+    raise DamagedFileError(f"{format_damages(root, damages)}.", remedy)
 
 
 def check_run(root: Path) -> list[Damage]:

@@ -29,7 +29,7 @@ from bilevel_jax.runs.config.load import (
 from bilevel_jax.runs.config.rules import evaluates_own_models
 from bilevel_jax.runs.config.schema import DataSection, ModelSection, OptimizerSection
 from bilevel_jax.runs.infra import distributed, seals
-from bilevel_jax.runs.infra.run_dir import INPUT_FOLDER
+from bilevel_jax.runs.infra.run_dir import INPUT_FOLDER, wait_until_seen
 from bilevel_jax.runs.infra.session import make_progress_bar
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
 
@@ -128,6 +128,7 @@ def resolve_builtin(config: ConfigT, folder: Path) -> ConfigT:
         seals.note_folder(input_folder)
 
     distributed.run_on_first_process(write_task_files)
+    wait_until_seen(input_folder)
 
     def replace_builtin(part: str, paths: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(str(input_folder / f"{part}.jsonl") if _is_builtin(path) else path for path in paths)

@@ -12,7 +12,10 @@ from tests.runs.engine.test_agreement import free_port
 
 
 def test_the_first_decides_and_its_values_are_those_of_all(tmp_path):
-    """A finished job, a file, a record and a checkpoint that one of the two does not see (yet)."""
+    """A finished job, a file, a record and a checkpoint that one of the two does not see (yet).
+
+    What the first one wrote and all read is waited for: then the other one sees it, or says for what it waited.
+    """
     folders = [tmp_path / str(number) for number in range(2)]
     for folder in folders:
         (folder / "checkpoints").mkdir(parents=True)
@@ -20,6 +23,7 @@ def test_the_first_decides_and_its_values_are_those_of_all(tmp_path):
     jobs = seals.format_json({"stored": job, "with a file": job})
     run_dir.write_atomic(folders[0] / "checkpoints" / "done.json", jobs)
     (folders[0] / "file").touch()
+    run_dir.write_json(folders[0] / "late.json", {"late": 1})
     for folder, count in zip(folders, (2, 1), strict=True):
         journal = Journal(folder / "journal.jsonl", fsync=True)
         for record in range(count):
@@ -55,7 +59,9 @@ def test_the_first_decides_and_its_values_are_those_of_all(tmp_path):
             "records": [{"old": 0}, {"old": 1}],
             "new records": [{"new": 0}],
             "saved": {"losses": 2},
-            "restored": "whole",
+            "checkpoint": ["not seen", {"a": 1}],
+            "snapshot": ["not seen", {"a": 1}],
+            "late.json": ["not seen", {"late": 1}],
             "long": True,
         }
     )

@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +35,7 @@ def views(number: int, folder: Path) -> dict:
         found["new records"] = journal.read_new()
         checkpoints = folder / "checkpoints" / "train"
         found["saved"] = checkpoint.read_checkpoint_meta(checkpoints, 3)
-        try:
-            checkpoint.restore_checkpoint(checkpoints, {"a": 1})
-            found["restored"] = "whole" if number == 0 else "what it does not see"
-        except ValueError as error:
-            found["restored"] = "whole" if number == 1 and "need to see" in str(error) else str(error)
+        found |= look_at_late_files(number, folder, checkpoints)
         path = folder / "parts" / "array.npy"
         run_dir.write_arrays(path, np.full(2, float(number)))
         return {
@@ -48,6 +46,45 @@ def views(number: int, folder: Path) -> dict:
             "long": json.dumps(distributed.share_from_first(LONG if number == 0 else object())) == json.dumps(LONG),
             "wrote": path.exists(),
         }
+
+
+def look_at_late_files(number: int, folder: Path, checkpoints: Path) -> dict:
+    """Reads of a checkpoint, a snapshot and a file that only the first process sees, until they come to the second."""
+
+    def read(name: str) -> object:
+        if name == "checkpoint":
+            return checkpoint.restore_checkpoint(checkpoints, {"a": 1}).tree
+        if name == "snapshot":
+            return checkpoint.make_snapshot_store(checkpoints).get(3, {"a": 1})
+        return run_dir.read_json(folder / "late.json")
+
+    found = {}
+    for name in ("checkpoint", "snapshot", "late.json"):
+        run_dir.SEEN_SECONDS = 0.0
+        try:
+            read(name)
+            found[name] = ["not seen" if number == 0 else "seen at once"]
+        except FileNotFoundError as error:
+            parts = ["process 1 on ", "waited 0 s", "A network disk", "Remove nothing"]
+            found[name] = ["not seen" if all(part in str(error) for part in parts) else str(error)]
+        run_dir.SEEN_SECONDS = 60.0
+        coming = checkpoints / "step_0000000003" if name != "late.json" else folder / name
+        if number == 1:
+            threading.Timer(0.3, copy_from_first, [folder, coming]).start()
+        found[name].append(read(name))
+        if number == 1 and name == "checkpoint":
+            shutil.rmtree(coming)
+    return found
+
+
+def copy_from_first(folder: Path, path: Path) -> None:
+    """Let the second process see what the first one does."""
+    source = folder.with_name("0") / path.relative_to(folder)
+    if source.is_file():
+        path.write_bytes(source.read_bytes())
+        return
+    shutil.copytree(source, path.with_name("coming"))
+    path.with_name("coming").rename(path)
 
 
 if __name__ == "__main__":  # coordinator, number, folder
