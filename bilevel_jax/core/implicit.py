@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bilevel_jax.core import tree
@@ -12,6 +13,7 @@ from bilevel_jax.core.types import (
     Checks,
     Estimate,
     Estimator,
+    Fetch,
     Frozen,
     Hyper,
     HyperSlice,
@@ -33,6 +35,7 @@ def implicit_estimator(
     *,
     batches: int | None = None,
     min_cosine: float = 0.95,
+    fetch: Fetch = np.asarray,
 ) -> Estimator:
     """The metagradient d L_v(theta*(w)) / dw at the minimiser theta* of G + r, by the implicit function theorem.
 
@@ -56,6 +59,7 @@ def implicit_estimator(
         solver: of the linear system, such as `solvers.cg()`.
         batches: of the train stream for the first solve; default all.
         min_cosine: agreement of two solutions at which the number of batches is enough.
+        fetch: reads the cosine; of several processes it must give all of them the same number (as in `solvers.cg`).
 
     Returns:
         The estimator: (trajectory, hyper, frozen, train stream, validation stream) -> `Estimate`; of the trajectory it
@@ -97,7 +101,7 @@ def implicit_estimator(
         while num_batches < train.steps and not sample_cosine > min_cosine:
             num_batches = min(2 * num_batches, train.steps)
             before, solution = solution, solve(num_batches, solution.x)
-            sample_cosine = float(_cosine(before.x, solution.x))
+            sample_cosine = float(fetch(_cosine(before.x, solution.x)))
 
         v = _negate(solution.x)
         grad, gap = jax.tree.map(jnp.zeros_like, hyper), prior_derivative(params, frozen, v)

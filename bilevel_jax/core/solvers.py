@@ -6,14 +6,15 @@ parameters, and where these are split over devices, as many meetings of all of t
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevel_jax.core import tree
-from bilevel_jax.core.types import LinearSolver, Matvec, Params, Scalar, SolveResult
+from bilevel_jax.core.types import Fetch, LinearSolver, Matvec, Params, Scalar, SolveResult
 
 
-def cg(*, tolerance: float = 1e-6, max_steps: int = 200) -> LinearSolver:
+def cg(*, tolerance: float = 1e-6, max_steps: int = 200, fetch: Fetch = np.asarray) -> LinearSolver:
     """Conjugate gradients, stopped when |A x - b| <= tolerance |b|, or by the first direction with p.Ap <= 0.
 
     Exact to the tolerance where A is positive definite. `min_curvature` is the least p.Ap / p.p met; at or below 0 the
@@ -23,6 +24,8 @@ def cg(*, tolerance: float = 1e-6, max_steps: int = 200) -> LinearSolver:
     Args:
         tolerance: of the relative residual.
         max_steps: products at most.
+        fetch: reads the numbers by which the iteration goes on or stops. Of several processes it must give all of them
+            the same: copies of a number may differ in the last bit, and those that stop wait for the others for ever.
 
     Returns:
         The solver: (matvec, b, guess or None) -> `SolveResult`.
@@ -44,17 +47,17 @@ def cg(*, tolerance: float = 1e-6, max_steps: int = 200) -> LinearSolver:
     dots = jax.jit(lambda p, Ap: (optax.tree.vdot(p, Ap), optax.tree.vdot(p, p)))
 
     def solve(matvec: Matvec, b: Params, guess: Params | None = None) -> SolveResult:
-        b_norm = float(_norm(b))
+        b_norm = float(fetch(_norm(b)))
         x = _zeros(b) if guess is None else guess
         r = b if guess is None else _subtract(b, matvec(x))
         p, rr = r, _squared_norm(r)
         curvature, steps = float("nan"), 0
-        while steps < max_steps and float(rr) ** 0.5 > tolerance * b_norm:
+        while steps < max_steps and float(fetch(rr)) ** 0.5 > tolerance * b_norm:
             Ap = matvec(p)
             pAp, pp = dots(p, Ap)
             steps += 1
             curvature = float(jnp.fmin(pAp / pp, curvature))
-            if not float(pAp) > 0:  # also true of a nan
+            if not float(fetch(pAp)) > 0:  # also true of a nan
                 break
             x, r, p, rr = advance(x, r, p, Ap, rr, pAp)
         return SolveResult(x, _residual(matvec, x, b), curvature, steps)

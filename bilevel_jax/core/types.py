@@ -3,6 +3,7 @@
 from collections.abc import Callable, MutableMapping
 from typing import Any, NamedTuple
 
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 PyTree = Any
@@ -27,6 +28,8 @@ Linearization = Callable[[list[Array], Params], tuple[Params, HyperSlice]]
 """(the step's inputs, v) -> (H v, the hypergradients along v): a step's second derivatives, as arrays that compiled
 functions take and return."""
 Scalar = Float[Array, ""]
+Fetch = Callable[[Array], np.ndarray]
+"""Brings a number by which the host decides from the devices."""
 
 PADDING = 2**31 - 1
 """The index of an empty example slot: beyond any table, so reading it gives weight 0 and adding to it does nothing."""

@@ -20,6 +20,7 @@ from bilevel_jax.core.types import (
     Checks,
     Estimate,
     Estimator,
+    Fetch,
     Frozen,
     Hyper,
     HyperSlice,
@@ -420,6 +421,7 @@ def check_differentiable(
     hyper: Hyper,
     frozen: Frozen,
     train: Stream,
+    fetch: Fetch = np.asarray,
 ) -> None:
     """Refuse an optimizer whose update has no usable derivative, with the remedy, before the backward pass.
 
@@ -435,6 +437,8 @@ def check_differentiable(
         hyper: the outer variable, as trained with.
         frozen: as trained with.
         train: the stream, as trained with.
+        fetch: reads what the derivative is found to be; of several processes it must give all of them the same (as in
+            `solvers.cg`).
 
     Returns:
         Nothing.
@@ -475,8 +479,9 @@ def check_differentiable(
             ("a gradient of this run", grad),
             ("a gradient with zero entries", zero_half(grad)),
         ):
-            acting, acts = find_acting_step(state, probe_grad, trajectory.steps)
-            any_acts |= bool(acts) and probe_grad is grad  # entries set to 0 lie within any clip
+            acting, is_acting = find_acting_step(state, probe_grad, trajectory.steps)
+            acts = bool(fetch(is_acting))
+            any_acts |= acts and probe_grad is grad  # entries set to 0 lie within any clip
             if not acts:
                 continue
             grad_bar, params_bar, opt_bar = pull_back(probe_grad, acting)

@@ -34,7 +34,7 @@ from bilevel_jax.runs.engine.trainer import (
 )
 from bilevel_jax.runs.infra import distributed, run_dir
 from bilevel_jax.runs.infra.checkpoint import keep_last_checkpoints
-from bilevel_jax.runs.infra.distributed import fetch_to_host
+from bilevel_jax.runs.infra.distributed import fetch_from_first, fetch_to_host
 from bilevel_jax.runs.infra.placement import cache_stream
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.scoring.difficulty import measure_difficulty
@@ -215,7 +215,9 @@ def train_uniform(
     stream = cache_stream(task.mesh, task.training_stream(config.data.seed))  # read again by every retrain
     trajectory = trainer.run(ones, start, stream, for_backward=EXACT_ESTIMATOR in config.audit.estimators, outer_step=0)
     if EXACT_ESTIMATOR in config.audit.estimators:
-        check_differentiable(task.train_step, task.optimizer, trajectory, ones, task.frozen(start.params), stream)
+        check_differentiable(
+            task.train_step, task.optimizer, trajectory, ones, task.frozen(start.params), stream, fetch=fetch_from_first
+        )
     return UniformTraining(
         trainer,
         start,

@@ -33,7 +33,7 @@ from bilevel_jax.runs.engine.reliability import (
     reliability_to_record,
 )
 from bilevel_jax.runs.engine.trainer import Trainer, check_hypergradient_finite
-from bilevel_jax.runs.infra.distributed import fetch_to_host
+from bilevel_jax.runs.infra.distributed import fetch_from_first
 from bilevel_jax.runs.infra.placement import replicate
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.token_hypergradients import token_weighted
@@ -197,7 +197,7 @@ def _collect_rewards(
     """The rewards of the responses, and of their tokens where they were asked for."""
     rows = np.flatnonzero(round_task.response_numbers >= 0)
     multiplicity = round_task.multiplicity[rows]
-    responses = -np.asarray(fetch_to_host(by_example), float)[rows] / multiplicity
+    responses = -np.asarray(fetch_from_first(by_example), float)[rows] / multiplicity
     if not np.any(responses):
         raise ValueError(
             f"every reward of round {number} is 0: nothing that the model was trained on moves the target. Choose a "
@@ -206,7 +206,7 @@ def _collect_rewards(
     if by_place is None:
         return responses, None
     corpus = round_task.task.corpus
-    table = -np.asarray(fetch_to_host(by_place), float).reshape(round_task.task.num_examples, -1)
+    table = -np.asarray(fetch_from_first(by_place), float).reshape(round_task.task.num_examples, -1)
     tokens = []
     for row, share in zip(rows, multiplicity, strict=True):
         mask = corpus.target_mask[int(corpus.offsets[row]) : int(corpus.offsets[row + 1])]

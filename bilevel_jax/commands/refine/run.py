@@ -531,7 +531,7 @@ def train_candidate(
         return arrays, {name: value for name, value in facts.items() if value is not None}
 
     (params, weights), record = artifacts.run_saved_job(session, number, name, end, structure, train)
-    return Candidate(params, distributed.fetch_to_host(weights)), record
+    return Candidate(params, distributed.fetch_from_first(weights)), record
 
 
 def count_dev_tests(config: RefineConfig) -> int:

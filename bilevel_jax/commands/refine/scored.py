@@ -14,7 +14,7 @@ from bilevel_jax.commands.refine.rollouts import RoundScores, RoundTask, count_q
 from bilevel_jax.core.types import Params
 from bilevel_jax.runs.config.load import RefineConfig
 from bilevel_jax.runs.config.schema import ScoreWeightsSection
-from bilevel_jax.runs.infra.distributed import fetch_to_host
+from bilevel_jax.runs.infra.distributed import fetch_from_first
 from bilevel_jax.runs.infra.placement import replicate
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring import likelihoods
@@ -47,7 +47,7 @@ def score_rows(
 
     structure = [replicate(task.mesh, jnp.ones(task.num_examples))] * (1 + (config.scores.demonstration_sets > 1))
     arrays, facts = run_saved_job(session, number, name, scores_folder(session, number) / name, structure, compute)
-    values, *errors = (fetch_to_host(array).astype(float) for array in arrays)
+    values, *errors = (fetch_from_first(array).astype(float) for array in arrays)
     return RoundScores(values, errors[0] if errors else None, facts)
 
 

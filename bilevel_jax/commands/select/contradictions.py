@@ -219,7 +219,10 @@ class _Draw:
             run = self.trainer.run(self.equal, self.start, self.stream, for_backward=True, outer_step=0)
             if self.number == 0 and self.trainer.outer.method in ("unrolled", "window"):
                 frozen = self.task.frozen(self.start.params)
-                check_differentiable(self.task.train_step, self.task.optimizer, run, self.equal, frozen, self.stream)
+                check_differentiable(
+                    self.task.train_step, self.task.optimizer, run, self.equal, frozen, self.stream,
+                    fetch=distributed.fetch_from_first,
+                )  # fmt: skip
             trained, judges = self.task.trainable_indices(), [self.fold_of != fold for fold in range(self.num_folds)]
             others = [turn_validation_stream(self.task, Turn(trained, self.places[mask])) for mask in judges]
             estimates = self.trainer.estimate_each(run, self.equal, self.stream, others, outer_step=0)

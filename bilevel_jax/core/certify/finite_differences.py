@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from bilevel_jax.core.types import Hyper
+from bilevel_jax.core.types import Fetch, Hyper
 
 RetrainFn = Callable[[Hyper], float]
 """hyper -> L_v of the estimand itself, in nats: trained again (unrolled) or solved again (implicit)."""
@@ -38,6 +39,7 @@ def check_finite_differences(
     *,
     is_relative: bool = True,
     value: float | None = None,
+    fetch: Fetch = np.asarray,
 ) -> FiniteDifferences:
     """Central differences of the estimand over the slope that the estimate predicts: 1 where `grad` is right.
 
@@ -59,6 +61,8 @@ def check_finite_differences(
             weights that differ in their last bits; steps at which it may be more than .02, but for the largest, are
             left out; and as long as the last ratio is not within 5 % of 1 and rounding
             allows, a step a tenth as large follows, down to 1e-7: a ratio that never comes near 1 is that of a kink.
+        fetch: reads the slope; of several processes it, and `retrain`, must give all of them the same number (as in
+            `solvers.cg`), since the ratios say which steps follow.
 
     Returns:
         The ratio for each step size that was taken; nan where `grad` is 0.
@@ -72,7 +76,7 @@ def check_finite_differences(
         1.0
     """
     direction = sign_direction(weights, grad, is_relative=is_relative)
-    predicted_slope = float(optax.tree.vdot(grad, direction))
+    predicted_slope = float(fetch(optax.tree.vdot(grad, direction)))
     if predicted_slope == 0:
         return FiniteDifferences(tuple(step_sizes), (float("nan"),) * len(step_sizes))
 

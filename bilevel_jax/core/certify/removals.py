@@ -148,9 +148,8 @@ def smoothness_of_draw(
         return jnp.where(is_left, entries - mean, 0)
 
     entries, others = center(weights * grad), center(remaining_weights * estimate(remaining_weights))
-    if not jnp.any(entries) or not jnp.any(others):
-        return None
-    return float(tree.cosine(entries, others))
+    cosine = float(tree.cosine(entries, others))  # before the decision: of several processes all compute it
+    return cosine if jnp.any(entries) & jnp.any(others) else None
 
 
 def predict_removals(

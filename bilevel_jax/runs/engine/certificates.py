@@ -15,6 +15,7 @@ from bilevel_jax.runs.config.schema import CertifySection, DataSection, OuterSec
 from bilevel_jax.runs.engine.folds import Turn, take_turn, turn_training_stream, turn_validation_stream
 from bilevel_jax.runs.engine.outer_loop import LearnedWeights, data_order_seed
 from bilevel_jax.runs.engine.trainer import Trainer, measures_product_error
+from bilevel_jax.runs.infra.distributed import fetch_from_first
 from bilevel_jax.runs.infra.placement import replicate
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks.evaluation import judges_by_examples
@@ -166,7 +167,12 @@ class _Repeat:
 
         def compute() -> dict:
             return certify.check_finite_differences(
-                self.retrain, self.weights, self.grad, settings.step_sizes, value=self.point.validation_loss
+                self.retrain,
+                self.weights,
+                self.grad,
+                settings.step_sizes,
+                value=self.point.validation_loss,
+                fetch=fetch_from_first,
             )._asdict()
 
         ratios = self.session.run_once(f"certify/{self.point.name}/exact", compute)

@@ -10,7 +10,7 @@ import optax
 
 from bilevel_jax.core.training import inner_loss_and_grad
 from bilevel_jax.core.types import PADDING, Batch, Frozen, Hyper, Params, Problem, TrainState
-from bilevel_jax.runs.infra.distributed import fetch_to_host
+from bilevel_jax.runs.infra.distributed import fetch_from_first, fetch_to_host
 
 ExampleLosses = Callable[[Params, Frozen, Batch], jax.Array]
 MAX_NAMED_EXAMPLES = 3
@@ -32,7 +32,7 @@ def find_first_nonfinite(
     Looks, in each step, at what is computed in this order: the parameters, the loss of each row (`losses`, as of a
     micro-batch), the gradient, the parameters after the update. `step_inputs` gives the weights and the batch of a
     step, `example_name` the name of an example by its index. Where nothing is found (another rounding than the first
-    time, as may be on a GPU) it says so.
+    time, as may be on a GPU) it says so. Of several processes all look, and go by what the first one finds.
     """
     example_losses = jax.jit(
         lambda params, fixed, batch: jax.lax.map(lambda micro: losses(params, fixed, micro), batch)
@@ -46,7 +46,7 @@ def find_first_nonfinite(
         if leaf := _nonfinite_leaf(state.params):
             return f"{leaf} of the parameters is not finite before step {step}"
         hyper, batch = step_inputs(step)
-        index, values = fetch_to_host(batch["index"]), fetch_to_host(example_losses(state.params, fixed, batch))
+        index, values = fetch_to_host(batch["index"]), fetch_from_first(example_losses(state.params, fixed, batch))
         present = index != PADDING
         nonfinite = index[present & ~np.isfinite(values)]
         if len(nonfinite):
@@ -65,7 +65,7 @@ def find_first_nonfinite(
 def _nonfinite_leaf(tree: Any) -> str:
     """The path of the first leaf that is not finite, or nothing."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    fine = jax.device_get(_find_finite([leaf for _, leaf in leaves]))
+    fine = fetch_from_first(np.array(jax.device_get(_find_finite([leaf for _, leaf in leaves]))))
     broken = (path for (path, _), ok in zip(leaves, fine, strict=True) if not ok)
     return next((jax.tree_util.keystr(path, simple=True, separator="/") for path in broken), "")
 

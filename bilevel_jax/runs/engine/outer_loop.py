@@ -41,7 +41,7 @@ from bilevel_jax.runs.engine.reliability import (
 )
 from bilevel_jax.runs.engine.trainer import Trainer, check_hypergradient_finite
 from bilevel_jax.runs.infra import checkpoint, distributed, run_dir
-from bilevel_jax.runs.infra.distributed import fetch_to_host
+from bilevel_jax.runs.infra.distributed import fetch_from_first, fetch_to_host
 from bilevel_jax.runs.infra.placement import padded_table_size, place_table
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.pooling import (
@@ -311,15 +311,15 @@ class OuterLoop:
         return "the one outer step was made" if count == 1 else f"all {count} outer steps were made"
 
     def learned_weights(self, stop_reason: str) -> LearnedWeights:
-        """The best weights so far, on the host."""
+        """The best weights so far, on the host: those of the first process, as they choose what is trained on next."""
 
         num_examples, num_weights = self.task.num_examples, self._num_weights()
 
         def fetch_table(table: jax.Array) -> Float[np.ndarray, "examples"]:
-            return fetch_to_host(table)[:num_examples]
+            return fetch_from_first(table)[:num_examples]
 
         def fetch_shared(table: jax.Array) -> Float[np.ndarray, "validation"]:
-            return fetch_to_host(table)[num_examples:num_weights]
+            return fetch_from_first(table)[num_examples:num_weights]
 
         weights = self._weights_of(self.state.best_hyper)
         shared = fetch_shared(weights)
@@ -342,7 +342,7 @@ class OuterLoop:
 
     def moved_weights(self) -> Float[np.ndarray, "examples"]:
         """The weights after the last step, on the host: nothing was trained with them yet."""
-        return fetch_to_host(self._weights_of(self.state.hyper))[: self.task.num_examples]
+        return fetch_from_first(self._weights_of(self.state.hyper))[: self.task.num_examples]
 
     def learn_without_folds(self, num_folds: int, num_steps: int) -> Float[np.ndarray, "folds coefficients"]:
         """The coefficients of a rater after so many steps, each row without one fold of the validation set.
@@ -520,7 +520,9 @@ def train_and_estimate(
     trajectory = trainer.run(weights, start, stream, for_backward=True, outer_step=step)
     if is_first and trainer.outer.method in ("unrolled", "window"):
         frozen = task.frozen(trajectory.start.params)
-        check_differentiable(task.train_step, task.optimizer, trajectory, weights, frozen, stream)
+        check_differentiable(
+            task.train_step, task.optimizer, trajectory, weights, frozen, stream, fetch=fetch_from_first
+        )
     return trajectory, trainer.estimate(
         trajectory, weights, stream, outer_step=step, halves_seed=halves_seed, dev_seed=dev_seed, turn=turn,
         with_product_error=with_product_error,

@@ -39,7 +39,7 @@ from bilevel_jax.runs.engine.outer_loop import (
 )
 from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.infra import checkpoint
-from bilevel_jax.runs.infra.distributed import fetch_to_host, share_from_first
+from bilevel_jax.runs.infra.distributed import fetch_from_first, fetch_to_host, share_from_first
 from bilevel_jax.runs.infra.placement import place_table, replicate_unplaced
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.infra.step_loop import run_steps
@@ -148,7 +148,7 @@ def run_single_loop(
             single_loop.temperatures[1],
             single_loop.min_effective_share,
         )
-    return SingleLoopResult(fetch_to_host(weights), state.train_state.params, recorder.records, method.estimand)
+    return SingleLoopResult(fetch_from_first(weights), state.train_state.params, recorder.records, method.estimand)
 
 
 class SingleLoopRecorder:
@@ -236,8 +236,8 @@ def run_single_loop_with_baselines(
         weights=result.weights,
         hypergradient=missing,
         first_hypergradient=missing,
-        alignment=fetch_to_host(alignment)[: task.num_examples],
-        losses=fetch_to_host(losses)[: task.num_examples],
+        alignment=fetch_from_first(alignment)[: task.num_examples],
+        losses=fetch_from_first(losses)[: task.num_examples],
         records=result.records,
         best_step=len(result.records) - 1,
         stop_reason=f"all {num_steps} steps were made",

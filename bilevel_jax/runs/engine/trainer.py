@@ -41,6 +41,7 @@ from bilevel_jax.runs.engine.folds import (
 )
 from bilevel_jax.runs.engine.nonfinite import find_first_nonfinite
 from bilevel_jax.runs.infra import checkpoint
+from bilevel_jax.runs.infra.distributed import fetch_from_first
 from bilevel_jax.runs.infra.placement import replicate, replicate_unplaced
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks.evaluation import held_out_indices
@@ -207,7 +208,7 @@ class Trainer:
             plan=checkpointing.NO_CHECKPOINTS,
             on_step=on_step,
         )
-        return float(loss_fn(run.end.params, task.frozen(start.params), validation))
+        return float(fetch_from_first(loss_fn(run.end.params, task.frozen(start.params), validation)))
 
     def estimate(
         self,
@@ -393,7 +394,9 @@ class Trainer:
     @cached_property
     def _implicit(self) -> Estimator:
         solver, batches = SOLVERS[self.outer.solver](self.outer), self.outer.curvature_batches
-        return implicit_estimator(self.task.problem, self._curvature_product(), solver, batches=batches)
+        return implicit_estimator(
+            self.task.problem, self._curvature_product(), solver, batches=batches, fetch=fetch_from_first
+        )
 
     def _curvature_product(self) -> curvature.CurvatureProduct:
         if self.outer.curvature == "hessian":
@@ -581,11 +584,14 @@ def check_finite(
 ) -> dict[int, float]:
     """The losses by step, as numbers, where they (unless `allow_nonfinite`) and the parameters after them are finite.
 
-    Otherwise a FloatingPointError that says where it began: `explain` takes the steps up to that one again.
+    Otherwise a FloatingPointError that says where it began: `explain` takes the steps up to that one again. Of several
+    processes all call this, and go by the numbers of the first.
     """
-    values = {step: float(loss) for step, loss in losses.items()}
+    values = dict(
+        zip(losses, fetch_from_first(np.array([float(loss) for loss in losses.values()])).tolist(), strict=True)
+    )
     step = next((step for step, value in values.items() if not np.isfinite(value) and not allow_nonfinite), None)
-    if step is None and (not values or bool(_all_finite(params))):
+    if step is None and (not values or fetch_from_first(_all_finite(params))):
         return values
     what = f"the training loss is {values[step]}" if step is not None else "the parameters are not finite"
     last = max(values) if step is None else step
@@ -617,7 +623,7 @@ def describe_example(task: Task, index: int) -> str:
 
 
 SOLVERS = {
-    "cg": lambda outer: solvers.cg(tolerance=outer.tolerance, max_steps=outer.max_iterations),
+    "cg": lambda outer: solvers.cg(tolerance=outer.tolerance, max_steps=outer.max_iterations, fetch=fetch_from_first),
     "neumann": lambda outer: solvers.neumann(step_size=outer.neumann_rate, terms=outer.max_iterations),
     "dense": lambda outer: solvers.dense(),
     "identity": lambda outer: solvers.identity(),

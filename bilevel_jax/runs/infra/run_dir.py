@@ -296,8 +296,9 @@ def read_when_seen(path: str | Path, read: Callable[[], ResultT], *, by_any: boo
 
 
 def _may_be_late(error: OSError | seals.DamagedFileError) -> bool:
-    is_named = isinstance(error, FileNotFoundError | seals.DamagedFileError)
-    return is_named or error.errno == errno.ESTALE  # a file that another one has replaced
+    if isinstance(error, FileNotFoundError | seals.DamagedFileError):
+        return True
+    return error.errno == errno.ESTALE  # a file that another one has replaced
 
 
 def wait_until_seen(path: str | Path) -> None:

@@ -27,7 +27,7 @@ from bilevel_jax.lm.losses.sft import assemble_params
 from bilevel_jax.lm.models import Decoder
 from bilevel_jax.runs.config.schema import ScoresSection
 from bilevel_jax.runs.infra import distributed
-from bilevel_jax.runs.infra.distributed import fetch_to_host
+from bilevel_jax.runs.infra.distributed import fetch_from_first, fetch_to_host
 from bilevel_jax.runs.infra.journal import Journal
 from bilevel_jax.runs.infra.placement import place_stream
 from bilevel_jax.runs.infra.session import Session
@@ -230,7 +230,7 @@ def ica_values(
     """
     embedding = {
         "tfidf": lambda: tfidf,
-        "hidden": lambda: hidden_states(decoder, params, fetch=fetch_to_host),
+        "hidden": lambda: hidden_states(decoder, params, fetch=fetch_from_first),
         "file": lambda: given_vectors(load_embeddings(settings.embedding_file).rows),
     }[settings.embedding]()
 

@@ -63,5 +63,8 @@ def test_the_first_decides_and_its_values_are_those_of_all(tmp_path):
             "snapshot": ["not seen", {"a": 1}],
             "late.json": ["not seen", {"late": 1}],
             "long": True,
+            "cg": 3,
+            "negative curvature": 1,
+            "batches": 4,
         }
     )

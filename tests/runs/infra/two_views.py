@@ -1,4 +1,4 @@
-"""What each of two processes finds that do not see the same files: a program of its own, started by test_two_views."""
+"""What two processes find that see other files and numbers than each other: a program, started by test_two_views."""
 
 import json
 import math
@@ -7,9 +7,14 @@ import sys
 import threading
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+import bilevel_jax as bj
+from bilevel_jax.core.types import LinearSolver, SolveResult
 from bilevel_jax.runs.config.schema import DistributedSection
+from bilevel_jax.runs.engine.trainer import check_finite
 from bilevel_jax.runs.infra import checkpoint, distributed, run_dir
 from bilevel_jax.runs.infra.journal import Journal
 from bilevel_jax.runs.infra.session import open_session
@@ -40,6 +45,7 @@ def views(number: int, folder: Path) -> dict:
         run_dir.write_arrays(path, np.full(2, float(number)))
         return {
             **found,
+            **decide_by_numbers(number),
             "computed": computed,
             "there": distributed.is_there(folder / "file"),
             "absent": distributed.is_there(folder / "only the second has it"),
@@ -75,6 +81,44 @@ def look_at_late_files(number: int, folder: Path, checkpoints: Path) -> dict:
         if number == 1 and name == "checkpoint":
             shutil.rmtree(coming)
     return found
+
+
+def decide_by_numbers(number: int) -> dict:
+    """What host loops decide whose numbers the second process has otherwise: by its own it would stop elsewhere."""
+
+    def differ(first: object, second: object) -> jax.Array:
+        """An array with a copy in each process, whose copies are not alike."""
+        mesh = jax.sharding.Mesh(jax.devices(), ("processes",))
+        copy = jnp.asarray(second if number else first, jnp.float32)
+        return jax.make_array_from_single_device_arrays(
+            copy.shape, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()), [copy]
+        )
+
+    fetch, multiply = distributed.fetch_from_first, jax.jit(jnp.multiply)
+
+    def count_products(first: object, second: object) -> int:
+        diagonal, ones = differ(first, second), differ(np.ones(3), np.ones(3))
+        return bj.solvers.cg(tolerance=1e-5, fetch=fetch)(lambda v: multiply(diagonal, v), ones).steps
+
+    # the solution turns with each doubling of the batches in the first process, and never in the second
+    turns = iter([differ(first, [1.0, 0.0]) for first in ([1.0, 0.0], [0.0, 1.0], [1.0, 0.0])])
+    solver = LinearSolver(lambda *_: SolveResult(next(turns), 0.0, 1.0, 1), lambda *_: None)
+    problem = bj.weighted(lambda params, frozen, batch: 0.5 * ((params - batch["data"]) ** 2).sum(-1))
+    batch = {
+        "data": np.ones((1, 4, 1), np.float32),
+        "index": np.arange(4, dtype=np.int32)[None],
+        "num_examples": np.full(1, 4.0, np.float32),
+    }
+    stream, params, weights = bj.Stream(lambda step: batch, 4), np.full(2, 2.0), np.ones(4)
+    estimate = bj.implicit_estimator(problem, lambda *_: None, solver, batches=1, fetch=fetch)(
+        bj.trajectory_from_params(differ(params, params)), differ(weights, weights), (), stream, stream
+    )
+    check_finite(None, {3: differ(1.0, np.nan)}, None, {"a": differ([1.0], [np.inf])})  # raises for the second's own
+    return {
+        "cg": count_products([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]),
+        "negative curvature": count_products([-3.0, 1.0, 1.0], [1.0, 2.0, 3.0]),
+        "batches": estimate.checks.batches,
+    }
 
 
 def copy_from_first(folder: Path, path: Path) -> None:
