@@ -6,7 +6,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -88,8 +87,7 @@ def _run_scoring(config: ScoreConfig, scorer: Scorer, session: Session) -> dict[
 def _score_chunks(config: ScoreConfig, scorer: Scorer, session: Session) -> int:
     """Score the chunks of this process, each once; how many there are of all processes."""
     session.set_phase("scoring", total=count_rows(config.data.train))
-    processes = jax.process_count() if distributed.is_multiprocess() else 1
-    own = jax.process_index() if processes > 1 else 0
+    processes, own = distributed.num_processes(), distributed.process_number()
     recipe = scorer.rater.recipe
     began, num_scored, num_chunks = time.monotonic(), 0, 0
 

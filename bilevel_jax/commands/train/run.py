@@ -149,8 +149,11 @@ def _streaming_input(
     example_stream = StreamingBatches(
         config.data,
         task.layout,
+        task.mesh,
         weight_of=weights,
-        tokenize=lambda examples: tokenize_examples(config.data, examples, task.tokenizer, task.architecture),
+        tokenize=lambda examples, allow_empty: tokenize_examples(
+            config.data, examples, task.tokenizer, task.architecture, allow_empty=allow_empty
+        )[0],
         check_examples=lambda examples: check_examples(config.objective, examples),
         held_out_examples=[example for part in task.held_out_examples.values() for example in part],
     )

@@ -152,6 +152,12 @@ class Corpus:
         offsets = np.concatenate([[0], np.cumsum(np.where(is_dropped, 0, self.lengths))]).astype(self.offsets.dtype)
         return replace(self, offsets=offsets, **of_tokens)
 
+    def place_examples(self, indices: Int[np.ndarray, "rows"], num_examples: int) -> "Corpus":
+        """A corpus of so many rows, of which these are the ones at `indices`, ascending; the others are dropped."""
+        lengths = np.zeros((num_examples, self.sequences_per_example), self.offsets.dtype)
+        lengths[indices] = self.lengths.reshape(-1, self.sequences_per_example)
+        return replace(self, offsets=np.concatenate([[0], np.cumsum(lengths)]))
+
     def with_reference_margins(self, reference_margins: Float[np.ndarray, "rows"]) -> "Corpus":
         """The same pairs with `preference_margins` under the reference model."""
         return replace(self, reference_margins=np.asarray(reference_margins))
@@ -302,6 +308,7 @@ def tokenize(
     vocab_size: int | None = None,
     is_model_limit: bool = False,
     token_weights: Mapping[str, TokenWeights] | None = None,
+    allow_empty: bool = False,
 ) -> tuple[Corpus, TokenizationReport]:
     """Token ids and response masks of all examples; row i of the corpus is examples[i].
 
@@ -327,6 +334,7 @@ def tokenize(
         is_model_limit: max_length is the model's context, which no setting raises: for errors.
         token_weights: example id -> a factor for the loss of each of its targets, before any of them is cut off, the
             end token included; they multiply the weight of the turn. A target of weight 0 is none. Not for pairs.
+        allow_empty: whether "drop" may leave nothing, as of a part of the examples.
 
     Returns:
         The corpus, and a report of counts. The corpus has `token_weights` where a turn or a token has one other than 1.
@@ -386,7 +394,7 @@ def tokenize(
             weights += [np.asarray(side.weights or np.ones(len(side.ids)), np.float32) for side in sides]
     _raise_first_problem(problems)
     lengths = np.array([len(row) for row in ids], np.int64)
-    if not lengths.any():
+    if not lengths.any() and not allow_empty:
         raise ValueError(
             f"none of {len(examples)} rows is within the {max_length} tokens that the model reads. Cut the rows."
             if is_model_limit
@@ -408,8 +416,8 @@ def tokenize(
         truncated=counts["right"],
         truncated_left=counts["left"],
         dropped=counts["drop"],
-        unknown_share=float(np.isin(corpus.ids, unknown_ids).mean()),
-        byte_share=float(np.isin(corpus.ids, byte_ids).mean()),
+        unknown_share=float(np.isin(corpus.ids, unknown_ids).sum()) / max(1, len(corpus.ids)),
+        byte_share=float(np.isin(corpus.ids, byte_ids).sum()) / max(1, len(corpus.ids)),
         merged=counts["merged"],
         is_dated=any(example.turns[0].role != "text" for example in examples)
         and "strftime_now" in get_chat_template(tokenizer),

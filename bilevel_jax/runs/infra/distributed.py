@@ -91,6 +91,11 @@ def process_number() -> int:
     return jax.process_index() if is_multiprocess() else 0
 
 
+def num_processes() -> int:
+    """How many processes the run has."""
+    return jax.process_count() if is_multiprocess() else 1
+
+
 def is_alone_at_work() -> bool:
     """Whether this process is inside `run_on_first_process`, while the others wait for its end."""
     return _on_first_process_only
@@ -180,6 +185,16 @@ def allgather_values(values: list[int]) -> np.ndarray:
         if _on_first_process_only or not is_multiprocess()
         else np.asarray(multihost_utils.process_allgather(local_values))
     )
+
+
+def gather_numbers(topic: str, values: list[int]) -> np.ndarray:
+    """int64[processes, values]: as `allgather_values`, by the network alone, while the devices go on with their work.
+
+    `topic` says in a few words what is gathered.
+    """
+    if not is_multiprocess():
+        return np.array([values], np.int64)
+    return np.array([json.loads(text) for text in _gather_texts(topic, json.dumps(values))], np.int64)
 
 
 def broadcast_from_first(value: int) -> int:

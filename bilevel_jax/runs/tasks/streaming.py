@@ -5,13 +5,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from jax.sharding import Mesh
 
 from bilevel_jax.core.types import Batch
 from bilevel_jax.lm.data import batches
 from bilevel_jax.lm.data.batches import BatchShape
 from bilevel_jax.lm.data.examples import Example, hash_normalized_text, stream_examples
-from bilevel_jax.lm.data.tokens import TOKENIZER_CHUNK, Corpus, TokenizationReport
+from bilevel_jax.lm.data.tokens import TOKENIZER_CHUNK, Corpus
 from bilevel_jax.runs.config.schema import DataSection
+from bilevel_jax.runs.infra.distributed import gather_numbers, num_processes, process_number
+from bilevel_jax.runs.infra.placement import local_rows
 from bilevel_jax.runs.tasks.splits import make_data_options
 
 
@@ -27,21 +30,33 @@ class RowWeights(Protocol):
         ...
 
 
+class Tokenize(Protocol):
+    """What makes the tokens of some rows."""
+
+    def __call__(self, examples: Sequence[Example], allow_empty: bool) -> Corpus:
+        """The tokens; a ValueError where all rows are too long and dropped, unless `allow_empty`."""
+        ...
+
+
 class StreamingBatches:
     """Batches by step, in the order of the files, shuffled through a buffer; epoch after epoch.
 
     A pure function of the step all the same: a step that does not follow the last one reads again from the beginning,
     as resuming does, without tokenizing what it skips. Rows that also stand in validation are refused or left out, as
     data.leaks says.
+
+    Of several processes each reads all rows, whose order, weights and leaks are those of all, and tokenizes those that
+    its own devices hold; what it has of the others is empty. All make the same calls.
     """
 
     def __init__(
         self,
         config: DataSection,
         layout: BatchShape,
+        mesh: Mesh,
         *,
         weight_of: RowWeights,
-        tokenize: Callable[[Sequence[Example]], tuple[Corpus, TokenizationReport]],
+        tokenize: Tokenize,
         check_examples: Callable[[list[Example]], None],
         held_out_examples: Sequence[Example],
     ):
@@ -52,6 +67,9 @@ class StreamingBatches:
             tokenize,
             check_examples,
         )
+        is_local = local_rows(mesh, layout.examples)
+        self._local_slots = None if is_local is None else np.flatnonzero(np.tile(is_local, layout.num_micro_batches))
+        """The slots whose rows are tokenized here; None: all."""
         self.held_out_examples = {hash_normalized_text(example): example for example in held_out_examples}
         self.seen_examples: dict[str, Example] = {}
         """Every row that was read so far, by id, without its text."""
@@ -64,12 +82,31 @@ class StreamingBatches:
         self._next_step = step + 1
         examples = list(itertools.islice(self._source, self._batch_size))
         self.check_examples(examples)
-        corpus, _ = self.tokenize(examples)
-        slots = np.arange(self._batch_size)
-        indices = np.where(np.isin(slots, corpus.kept_indices), slots, corpus.num_examples)
         weights = np.array([self.weight_of(example) for example in examples], float)
-        stream = batches.make_train_stream(corpus, lambda _: indices, 1, self.layout)
-        return weights, stream.batch(0)
+        return weights, self._make_batch(examples)
+
+    def _make_batch(self, examples: list[Example]) -> Batch:
+        local_slots = self._local_slots
+        if local_slots is None:
+            corpus = self.tokenize(examples, allow_empty=False)
+        else:
+            corpus = self.tokenize([examples[slot] for slot in local_slots], allow_empty=True)
+            corpus = corpus.place_examples(local_slots, len(examples))
+        slots = np.arange(len(examples))
+        indices = np.where(np.isin(slots, corpus.kept_indices), slots, corpus.num_examples)
+        batch = batches.make_train_stream(corpus, lambda _: indices, 1, self.layout).batch(0)
+        return batch if local_slots is None else self._complete_batch(batch, examples)
+
+    def _complete_batch(self, batch: Batch, examples: list[Example]) -> Batch:
+        """The batch with what it needs to know of the rows of other processes: the counts of the whole step, and
+        whether any token has a weight."""
+        own = [batch["num_examples"][0], batch["targeted"][0], "token_weights" in batch]
+        num_examples, targeted, weighted = gather_numbers("the rows of a step", [int(one) for one in own]).sum(0)
+        if not num_examples:
+            self.tokenize(examples, allow_empty=False)  # raises: says so of all rows
+        token_weights = {"token_weights": np.ones(batch["tokens"].shape, np.float32)} if weighted else {}
+        counts = {"num_examples": num_examples, "targeted": targeted}
+        return token_weights | batch | {name: np.full_like(batch[name], count) for name, count in counts.items()}
 
     def check_tokens(self) -> None:
         """Read and tokenize every row once, so that one with a token that the model lacks is refused before training.
@@ -77,8 +114,12 @@ class StreamingBatches:
         Only where the tokenizer has more tokens than the model's embedding rows can there be such a row.
         """
         rows = self._drop_leaks(stream_examples(self.config.train, make_data_options(self.config)), lambda row: None)
-        while chunk := list(itertools.islice(rows, TOKENIZER_CHUNK)):
-            self.tokenize(chunk)
+        for number in itertools.count():
+            chunk = list(itertools.islice(rows, TOKENIZER_CHUNK))
+            if not chunk:
+                return
+            if number % num_processes() == process_number():
+                self.tokenize(chunk, allow_empty=True)
 
     def restore(self, steps_done: int) -> None:
         """Read the rows of the first `steps_done` steps again, without tokenizing: `seen_examples` is theirs, too."""

@@ -644,8 +644,10 @@ def tokenize_examples(
     tokenizer: Any,
     architecture: models.DecoderConfig,
     token_weights: Mapping[str, TokenWeights] | None = None,
+    *,
+    allow_empty: bool = False,
 ) -> tuple[Corpus, tokens.TokenizationReport]:
-    """The tokens of some examples, as every command makes them."""
+    """The tokens of some examples, as every command makes them; `allow_empty` is that of `tokens.tokenize`."""
     return tokens.tokenize(
         examples,
         tokenizer,
@@ -656,6 +658,7 @@ def tokenize_examples(
         vocab_size=architecture.vocab_size,
         is_model_limit=data.max_length >= architecture.max_length,
         token_weights=token_weights,
+        allow_empty=allow_empty,
     )
 
 

@@ -243,3 +243,41 @@ def test_a_killed_process_ends_the_other_within_seconds_and_both_resume(victim, 
     assert "ended without a word" in last_words(out, 1 - victim)
     assert ended(launch(made, out, 2, *LONG, "--output.resume", verb="train")) == [0, 0]
     assert (out / "model" / "model.safetensors").read_bytes() == (trained / "model" / "model.safetensors").read_bytes()
+
+
+def test_streamed_rows_in_two_processes(made, tmp_path):
+    """Each tokenizes the rows of its own devices; some are too long, and the answers of some have weights. Stopped by a
+    signal to one process and resumed by both it has the same bits."""
+    rows = [json.loads(line) for line in (made / "train.jsonl").read_text().splitlines()]
+    for place, row in enumerate(rows):
+        weight = {"weight": 0.5} if place in (3, 17) else {}
+        text = row["response"] * (30 if place in (0, 1, 4, 5, 20) else 1)
+        row["response"] = [{"role": "assistant", "content": text} | weight]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = (
+        "--data.train", str(tmp_path / "train.jsonl"), "--data.streaming", "--data.shuffle-buffer", "10",
+        "--data.truncation", "drop", "--train.max-steps", "24", "--train.gradient-accumulation-steps", "2",
+        "--train.eval-steps", "4", "--output.save-minutes", "0.02", *SMOOTH,
+    )  # fmt: skip
+
+    def train(name: str, processes: int, *more: str) -> list[subprocess.Popen]:
+        return launch(made, tmp_path / name, processes, *flags, *more, verb="train", devices=2)
+
+    for processes in (1, 2):
+        assert ended(train(str(processes), processes)) == [0] * processes, log(tmp_path / str(processes), 0)
+    running = train("run", 2)
+    while "step      8" not in log(tmp_path / "run", 0):
+        time.sleep(0.02)
+        assert all(process.poll() is None for process in running), log(tmp_path / "run", 0)
+    running[1].send_signal(signal.SIGTERM)
+    assert ended(running) == [128 + signal.SIGTERM] * 2
+    assert ended(train("run", 2, "--output.resume")) == [0, 0], log(tmp_path / "run", 0)
+    one, two, run = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("1", "2", "run"))
+    assert one["tokens"] == two["tokens"] == run["tokens"] > 0 and one["rows"] == two["rows"] == run["rows"]
+    assert len(one["records"]) == 7 and run["records"] == two["records"] and run["resumed"] >= 8
+    for ours, theirs in zip(two["records"], one["records"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9)  # float64, other order of sums
+    models = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("2", "run")]
+    assert models[0] == models[1]
+    tables = [pq.read_table(tmp_path / name / "weights.parquet") for name in ("1", "2")]
+    assert tables[0].drop(["file"]).equals(tables[1].drop(["file"]))
