@@ -48,14 +48,36 @@ FAST = (
 )
 """Files and folders of tests that compile little: `pytest -m fast`, for the inner loop of work."""
 
+THOROUGH = (
+    "benchmarks/accelerator",
+    "commands/test_compare_answers.py",
+    "commands/test_contradictions.py",
+    "commands/test_evaluate_own_models.py",
+    "commands/test_export_weights.py",
+    "commands/test_hub.py",
+    "commands/test_killed.py",
+    "commands/test_language_model.py",
+    "commands/test_object_storage.py",
+    "commands/test_refine_folds.py",
+    "commands/test_refine_generator.py",
+    "commands/test_refine_ica.py",
+    "commands/test_refine_pooled.py",
+    "commands/test_starts.py",
+    "commands/test_targets.py",
+)
+"""Files and folders of end-to-end runs that take most of the time of all tests: `pytest -m thorough`, which CI runs after
+the test command. What they share with other commands and options is tested there, too."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is fast; a test that is marked slow stays out."""
+    """Mark what is fast and what is thorough; a test that is marked slow is neither."""
     here = Path(__file__).parent
     for item in items:
         name = str(item.path.relative_to(here))
-        if any(name == entry or name.startswith(f"{entry}/") for entry in FAST) and not item.get_closest_marker("slow"):
-            item.add_marker("fast")
+        for mark, entries in (("fast", FAST), ("thorough", THOROUGH)):
+            in_entries = any(name == entry or name.startswith(f"{entry}/") for entry in entries)
+            if in_entries and not item.get_closest_marker("slow"):
+                item.add_marker(mark)
 
 
 @pytest.fixture(autouse=True, scope="module")
