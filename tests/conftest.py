@@ -65,8 +65,8 @@ THOROUGH = (
     "commands/test_starts.py",
     "commands/test_targets.py",
 )
-"""Files and folders of end-to-end runs that take most of the time of all tests: `pytest -m thorough`, which CI runs after
-the test command. What they share with other commands and options is tested there, too."""
+"""Files and folders of end-to-end runs that take most of the time of all tests: `pytest -m thorough`, which CI runs
+after the test command. What they share with other commands and options is tested there, too."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
