@@ -66,6 +66,10 @@ class Session:
         self._finished_jobs_path = folder / "checkpoints" / FINISHED_JOBS_FILE
         self._finished_jobs: dict[str, Any] = distributed.share_from_first(self._read_finished_jobs())
         self.work_done, self._restored_work = 0.0, 0.0
+        self._counted_jobs: set[str] = set()
+        """Those whose work is in `work_done`."""
+        self._open_jobs: list[list[str]] = []
+        """Of each job that is being computed those that were counted within it, from the outermost."""
 
     def _read_finished_jobs(self) -> dict[str, Any]:
         jobs: dict[str, Any] = {}
@@ -175,20 +179,27 @@ class Session:
         """The JSON value of a job: computed now, or read if an earlier run of this folder finished it.
 
         A job that wrote a file, too, is done again where the file is not kept. Of several processes all compute; the
-        first one says whether it is done, and its value is that of all.
+        first one says whether it is done, and its value is that of all. The work of a job counts once, also where a
+        later job asks for it again, or another that it was within is read.
         """
         if not distributed.broadcast_from_first(key in self._finished_jobs and is_kept):
             work_before, start_time = self.work_done, time.monotonic()
-            value = distributed.share_from_first(compute())
-            self._finished_jobs[key] = {
-                "value": value,
-                "work": self.work_done - work_before,
-                "seconds": time.monotonic() - start_time,
-            }
+            self._open_jobs.append([])
+            try:
+                value = distributed.share_from_first(compute())
+            finally:
+                inner = self._open_jobs.pop()
+            job = {"value": value, "work": self.work_done - work_before, "seconds": time.monotonic() - start_time}
+            self._finished_jobs[key] = job | ({"inner": inner} if inner else {})
             run_dir.write_atomic(self._finished_jobs_path, seals.format_json(self._finished_jobs))
             self.check_signals()
         else:
-            self.restore_work(self._finished_jobs[key]["work"])
+            inner = self._finished_jobs[key].get("inner", [])
+            if key not in self._counted_jobs:
+                self.restore_work(self._finished_jobs[key]["work"])
+        if self._open_jobs:
+            self._open_jobs[-1] += [name for name in (key, *inner) if name not in self._counted_jobs]
+        self._counted_jobs |= {key, *inner}
         return self._finished_jobs[key]["value"]
 
     def job_cost(self, prefix: str) -> tuple[float, float]:

@@ -139,3 +139,39 @@ def test_work_of_the_first_process_alone_moves_no_meeting(tmp_path, monkeypatch)
             first.check_signals(at_once=True)
         assert len(meetings) == 3
         monkeypatch.undo()
+
+
+def test_the_work_of_a_job_counts_once(tmp_path):
+    """Also where two jobs ask for a third one, and in a run that goes on after any of them."""
+    names = ("first", "second")
+
+    def work(session, stop_after=None):
+        def train():
+            session.advance(4)
+            return 1
+
+        def job():
+            session.advance(1)
+            return session.run_once("shared", train)
+
+        for name in names:
+            session.run_once(name, job)
+            if name == stop_after:
+                return session.work_done
+        session.run_once("shared", train)
+        return session.work_done
+
+    def costs(folder):
+        jobs = json.loads((folder / "checkpoints/done.json").read_text())
+        return {name: jobs[name]["work"] for name in ("shared", *names)}
+
+    for name in ("whole", "run"):
+        (tmp_path / name).mkdir()
+    with open_session(tmp_path / "whole", progress=False, save_seconds=60) as session:
+        assert work(session) == 4 + 1 + 1
+    with open_session(tmp_path / "run", progress=False, save_seconds=60) as session:
+        assert work(session, "first") == 5
+    for _ in range(2):  # goes on, and is read as a whole
+        with open_session(tmp_path / "run", progress=False, save_seconds=60) as session:
+            assert work(session) == 6
+        assert costs(tmp_path / "run") == costs(tmp_path / "whole") == {"shared": 4, "first": 5, "second": 1}
