@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bilevel_jax.commands.compare.methods import METHODS, MethodSections, train_proxies
-from bilevel_jax.commands.compare.proxies import choose_mixture, draw_mixtures
+from bilevel_jax.commands.compare.proxies import draw_mixtures, find_minimum, fit_mixing_law
 from bilevel_jax.commands.compare.run import make_task_builder, sections_for_seed
 from bilevel_jax.runs.budget.work import count_baseline_work
 from bilevel_jax.runs.config.load import CompareConfig, load_config
@@ -160,7 +160,10 @@ def find_mixtures(
     def fit(chosen: slice) -> np.ndarray:
         records = [record for record in run_proxies()[chosen] if record["judged"] is not None]
         mixtures, losses = (np.array([record[key] for record in records]) for key in ("mixture", "judged"))
-        return choose_mixture(sources.natural, mixtures, losses, (sections.data.seed, 6))[0]
+        law = fit_mixing_law(mixtures, losses)
+        if not law.predicts:  # its minimum is taken all the same, to do the fit no wrong
+            print(f"no law predicts these {len(losses)} proxies: compare takes the natural mixture")
+        return find_minimum(law, sources.natural, mixtures, (sections.data.seed, 6))
 
     for name, chosen in plan.fits.items():
         yield name, float(chosen.stop - (chosen.start or 0)), partial(fit, chosen)

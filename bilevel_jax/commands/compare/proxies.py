@@ -50,7 +50,9 @@ class MixingLaw(NamedTuple):
     intercept: float
     error: float
     """Root mean square of the errors with which proxies are predicted by the law that the others alone give, its form,
-    its floor and its ridge penalty too: of log losses, and of losses where some are not above 0."""
+    its floor and its ridge penalty too: of log losses, and of losses where some are not above 0. A prediction beyond
+    the losses of the others counts as the least or the largest of these: one mixture that a law exaggerates is no
+    verdict on the order of all."""
     constant_error: float
     """The same of a law without mixtures: the mean of the others, of their logarithms where errors are of these."""
 
@@ -109,7 +111,8 @@ def fit_mixing_law(mixtures: Mixtures, losses: Float[np.ndarray, "mixtures"]) ->
     predicted, means = np.empty_like(losses, float), np.empty_like(losses, float)
     for fold in np.array_split(np.arange(len(losses)), min(NUM_FOLDS, len(losses))):
         others = np.setdiff1d(np.arange(len(losses)), fold)
-        predicted[fold] = _fit_best(mixtures[others], losses[others]).predict(mixtures[fold])
+        law = _fit_best(mixtures[others], losses[others])
+        predicted[fold] = np.clip(law.predict(mixtures[fold]), losses[others].min(), losses[others].max())
         means[fold] = _mean(losses[others], in_logarithms=losses.min() > 0)
     return _fit_best(mixtures, losses)._replace(
         error=float(_prediction_error(predicted, losses)), constant_error=float(_prediction_error(means, losses))
@@ -121,20 +124,23 @@ def choose_mixture(
 ) -> tuple[Mixture, MixingLaw]:
     """(the mixture to train on, the law that says so), from the losses of some proxies.
 
-    The natural mixture where the law predicts the proxies no better than their mean does.
-
-    The mean of the NUM_BEST mixtures of least predicted loss among NUM_CANDIDATES further draws and the proxies' own,
-    where the share of no source is above its largest or below its smallest one of a proxy: a law says nothing of what
-    is beyond.
+    The minimum of the law, and the natural mixture where the law predicts the proxies no better than their mean does.
     """
     law = fit_mixing_law(mixtures, losses)
-    if not law.predicts:
-        return natural, law
+    return (find_minimum(law, natural, mixtures, seed) if law.predicts else natural), law
+
+
+def find_minimum(law: MixingLaw, natural: Mixture, mixtures: Mixtures, seed: tuple[int, ...]) -> Mixture:
+    """The mean of the NUM_BEST mixtures of least predicted loss.
+
+    They are among NUM_CANDIDATES further draws and the proxies' own. No share of a source is above its largest or below
+    its smallest one of a proxy: a law says nothing of what is beyond.
+    """
     candidates = draw_mixtures(natural, NUM_CANDIDATES, seed)
     inside = np.all((candidates >= mixtures.min(0)) & (candidates <= mixtures.max(0)), axis=1)
     pool = np.concatenate([mixtures, candidates[inside]])
     best = np.argsort(law.predict(pool), kind="stable")[: min(NUM_BEST, max(1, len(pool) // 100))]
-    return pool[best].mean(0), law
+    return pool[best].mean(0)
 
 
 def _make_features(mixtures: Mixtures, is_quadratic: bool) -> Float[np.ndarray, "mixtures features"]:
