@@ -44,6 +44,21 @@ certify: {{step_sizes: [0.1], removed: [0.5], draws: 2}}
 output: {{progress: false}}
 mesh: {{data: 1}}
 """
+TUNE = """
+data: {{train: ['{made}/blobs.npz']}}
+arrays:
+  {{hidden_sizes: [4], activation: tanh, train_examples: 40, validation_examples: 16, dev_examples: 16,
+   test_examples: 20}}
+optimizer: {{name: sgd, learning_rate: 30.0, schedule: constant, warmup_steps: 0}}
+train: {{max_steps: 4, global_batch_size: 20}}
+outer: {{steps: 1}}
+tune:
+  {{learning_rates: [0.01, 0.0001], warmup_shares: [0.5], clip_norms: [], batch_sizes: [2], activations: [],
+   max_loss_increase: 9}}
+certify: {{step_sizes: [0.1], removed: [0.5], draws: 2}}
+output: {{progress: false}}
+mesh: {{data: 1}}
+"""
 PAIRS = "--data.train {made}/pairs.jsonl --data.validation {made}/pairs_report.jsonl --data.dev"
 SELECT_PAIRS = (
     "--data.train {made}/pairs.jsonl --data.validation {made}/pairs_validation.jsonl --data.test "
@@ -139,6 +154,21 @@ RUNS = {
         "compare",
         f"{ON_TEXT} --train.max-steps 3 --compare.budget 45 --compare.seeds 1 --compare.methods penalty unrolled",
     ),
+    "compare, proxies": (
+        "compare",
+        "--compare.methods proxy_fit --compare.baselines stratified --compare.proxy-runs 5 --compare.seeds 2",
+    ),
+    "compare, proxies on text": (
+        "compare",
+        f"{ON_TEXT} --data.source-field label --train.max-steps 3 --compare.budget 45 --compare.seeds 1 "
+        "--compare.methods proxy_fit --compare.baselines --compare.proxy-runs 4",
+    ),
+    "tune": ("tune", ""),
+    "tune, text": (
+        "tune",
+        f"{ON_TEXT} --optimizer.name adamw --train.max-steps 4 --tune.learning-rates 0.3 --tune.eps-roots 1e-6 "
+        "--tune.batch-sizes --tune.budget 40",
+    ),
     "audit": ("audit", ""),
     "audit, scores alone": ("audit", "--audit.estimators --certify.no-enabled"),
     "audit, on disk": ("audit", "--outer.offload disk --outer.memory-gib 1e-3"),
@@ -196,6 +226,7 @@ def table_inputs(made):
     blobs.write(made / "blobs.npz")
     (made / "compare.yaml").write_text(blobs.CONFIG.format(path=made / "blobs.npz"))
     (made / "audit.yaml").write_text(AUDIT.format(made=made))
+    (made / "tune.yaml").write_text(TUNE.format(made=made))
     (made / "rank.yaml").write_text(RANK.format(made=made))
     from bilevel_jax.lm.data.examples import load_examples
 

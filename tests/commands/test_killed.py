@@ -34,6 +34,8 @@ KILLED = (
     "select, bmo",
     "select, the built-in task",
     "compare",
+    "compare, proxies",
+    "tune",
     "audit",
     "rank, trials",
     "refine",
