@@ -189,8 +189,8 @@ def tune(config: TuneConfig | ConfigLike = None, **sections: Any) -> TuneResult:
     Args:
         config: a `TuneConfig`, a dict of sections or the name of a YAML file, as of a run of `select` whose verdict is
             DO NOT BELIEVE or UNDECIDED; None for the defaults of the keys.
-        **sections: as of `select`, and tune: the values to try, the budget and how much loss may rise. With one .npz in
-            data.train also arrays, as of `audit`.
+        **sections: as of `select`, and tune: the values to try, the budget and how much loss may rise; audit, which
+            goes into tuned.yaml. With one .npz in data.train also arrays, as of `audit`.
 
     Returns:
         The settings that were tried with their losses and verdicts, the proposed one, and where the config with it is.

@@ -269,7 +269,7 @@ class TuneResult:
     proposed: TriedSetting | None
     """One of `settings`; None where none holds within tune.max_loss_increase."""
     tuned: Path | None
-    """tuned.yaml, the config with the proposed setting, ready for `select`."""
+    """tuned.yaml, the config with the proposed setting, ready for `select` or `audit` (`result["tuned_for"]`)."""
 
     def __repr__(self) -> str:
         levels = [setting.verdict.level for setting in self.settings if setting.verdict]

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from bilevel_jax.cli import main
-from bilevel_jax.commands.estimate.abstract_run import make_abstract_run
+from bilevel_jax.commands.estimate.abstract_run import make_abstract_run, read_examples
+from bilevel_jax.commands.estimate.run import estimate
 from bilevel_jax.commands.select.run import select
 from bilevel_jax.core.training import init_train_state
 from bilevel_jax.runs.budget import compiled_steps, memory, work
-from bilevel_jax.runs.config.load import SelectConfig, TrainConfig, load_config, load_config_to_estimate
+from bilevel_jax.runs.config.load import SelectConfig, TrainConfig, TuneConfig, load_config, load_config_to_estimate
 from bilevel_jax.runs.config.schema import CertifySection, RetrainSection
 from bilevel_jax.runs.engine import trajectory_store
 from bilevel_jax.runs.infra.placement import replicate, replicate_unplaced
@@ -429,11 +430,33 @@ def test_the_verb_is_known_by_its_sections(made, tmp_path):
     assert isinstance(config, TrainConfig) and config.train.num_epochs == 3
     assert (asked.dir, asked.train_examples, config.output.dir) == ("there", 7, "out")
     (tmp_path / "other.yaml").write_text("rank: {sample: 3}\n")
-    with pytest.raises(ValueError, match="config of none of select, train, compare, audit.*unknown section 'rank'"):
+    with pytest.raises(
+        ValueError, match="config of none of select, train, compare, audit, tune.*unknown section 'rank'"
+    ):
         load_config_to_estimate(tmp_path / "other.yaml")
     (tmp_path / "either.yaml").write_text("model: {name_or_path: here}\n")
     with pytest.raises(ValueError, match="may be a config of select or train.*--estimate.command"):
         load_config_to_estimate(tmp_path / "either.yaml")
+
+
+def test_the_search_of_tune_is_counted_in_trainings(made, tmp_path):
+    text = (made / "select.yaml").read_text()
+    (tmp_path / "tune.yaml").write_text(text + "tune: {learning_rates: [0.5, 0.25, 1.0], budget: 60}\n")
+    config, options = load_config_to_estimate(tmp_path / "tune.yaml", ["--estimate.no-compile"])
+    assert isinstance(config, TuneConfig)
+    plain, _ = load_config_to_estimate(made / "select.yaml", ["--estimate.command", "tune"])
+    assert isinstance(plain, TuneConfig) and plain.tune.budget == 400
+    found = estimate(config, options).result
+    training, gradient = 1, 5  # and its hypergradient, of a training, its replay and three for the products
+    own = training + (2 + 1) + (1 + 2) * gradient + 2  # two draws; the halves of validation beside
+    stages = list(found["work"].values())
+    assert [stage / 10 for stage in stages] == pytest.approx([own, 2, 60 - own - 2])
+    assert found["command"] == "tune" and found["trainings"] == pytest.approx(60) and found["disk"] == {}
+    abstract = make_abstract_run(*read_examples(config, tmp_path), "tune")
+    costs = work.count_tune_costs(abstract.task, config.outer, config.certify)
+    assert sum(costs) == pytest.approx(own)
+    with pytest.raises(ValueError, match="estimate.hosts = 2: tune runs in one process"):
+        estimate(config, replace(options, hosts=2))
 
 
 def test_a_finished_run_is_shown_beside_its_estimate(tmp_path, capsys):

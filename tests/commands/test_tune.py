@@ -1,5 +1,6 @@
 """The command `tune`: what it writes, resuming, the bias of choosing, and errors."""
 
+import dataclasses
 import json
 import math
 
@@ -11,7 +12,7 @@ from bilevel_jax.cli import main
 from bilevel_jax.commands.tune import report, run
 from bilevel_jax.commands.tune.search import Outcome, Trained, Trial
 from bilevel_jax.core.certify import Verdict
-from bilevel_jax.runs.config.load import AuditConfig, load_config
+from bilevel_jax.runs.config.load import AuditConfig, SelectConfig, TuneConfig, load_config
 from bilevel_jax.runs.infra import distributed
 from tests.runs import blobs
 
@@ -83,6 +84,34 @@ def test_the_log_has_each_setting_once(whole):
     assert sorted(trained) == sorted(setting.name for setting in whole[0].settings)
 
 
+AUDIT_FLAGS = ["--audit.subsets", "9", "--audit.scores", "loss", "random", "--audit.removed", "0.5"]
+
+
+@pytest.mark.parametrize(
+    "file, flags, command",
+    [
+        ("configs/audit_stories.yaml", [], "audit"),
+        ("configs/select.yaml", AUDIT_FLAGS, "audit"),
+        ("configs/select.yaml", ["--tune.command", "audit"], "audit"),
+        ("configs/select.yaml", [], "select"),
+        ("configs/audit_stories.yaml", ["--tune.command", "select"], "select"),
+    ],
+)
+def test_tuned_yaml_has_all_sections_of_the_command_that_goes_on(tmp_path, file, flags, command):
+    given = ["--model.name-or-path", "m", "--data.train", "a.jsonl", "--data.validation", "b.jsonl", *flags]
+    config = load_config(TuneConfig, file, [*given, "--output.dir", "out/tune"])
+    text = run.format_tuned(config, {"optimizer.learning_rate": 0.5}, {"sentence": "Use it."})
+    assert text.startswith(f"# bilevel-jax {command} out/tune/tuned.yaml\n# Use it.\n")
+    (tmp_path / "tuned.yaml").write_text(text)
+    tuned = load_config({"audit": AuditConfig, "select": SelectConfig}[command], tmp_path / "tuned.yaml")
+    assert tuned.optimizer.learning_rate == 0.5 and tuned.output.dir == "out/tune-tuned"
+    for name in {*vars(tuned)} & {*vars(config)} - {"optimizer", "output", "audit"}:
+        assert getattr(tuned, name) == getattr(config, name)
+    if command == "audit":  # implicit, which is among the defaults, needs outer.proximal
+        estimators = config.audit.estimators if file.endswith("audit_stories.yaml") else ("unrolled", "alignment")
+        assert tuned.audit == dataclasses.replace(config.audit, estimators=estimators)
+
+
 def test_choosing_the_least_of_equal_settings_is_optimistic_by_the_noise():
     """Of K settings that differ by noise alone: E max of K normals, over the root of the number of examples."""
     count, settings = 400, 8
@@ -138,6 +167,7 @@ def test_the_sentence_says_what_was_found(changes, words):
     "flags, words",
     [
         ("--outer.method bmo", "outer.method = 'bmo': has no hypergradient that tune could certify: choose unrolled"),
+        ("--tune.command select", "tune.command = 'select': select is for text"),
         ("--certify.no-enabled", "certify.enabled = False: tune judges each setting by its certificates"),
         ("--tune.learning-rates --tune.eps-roots", "nothing to try: give tune.learning_rates"),
         ("--certify.step-sizes 0.03 0.01", "certify.step_sizes = (0.03, 0.01): has no step of .1"),

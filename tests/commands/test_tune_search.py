@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from bilevel_jax.commands.tune.search import Costs, Trained, search
+from bilevel_jax.commands.tune.search import Trained, search
 from bilevel_jax.commands.tune.settings import (
     BATCH,
     CLIP_NORM,
@@ -18,11 +18,12 @@ from bilevel_jax.commands.tune.settings import (
     list_changes,
 )
 from bilevel_jax.core.certify import Verdict
+from bilevel_jax.runs.budget.work import TuneCosts
 from bilevel_jax.runs.config import schema
 from bilevel_jax.runs.config.load import TuneConfig
 
 OWN_RATE = 1.0
-COSTS = Costs(training=1, draw=10, ratios=10, certificates=20)
+COSTS = TuneCosts(training=1, draw=10, ratios=10, certificates=20)
 
 
 class Landscape:

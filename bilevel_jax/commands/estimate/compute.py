@@ -25,6 +25,7 @@ from bilevel_jax.runs.config.load import (
     AuditConfig,
     CompareConfig,
     TrainConfig,
+    TuneConfig,
 )
 from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS, EstimateSection
 from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK, measures_product_error
@@ -192,6 +193,10 @@ def list_stages(config: Any, abstract_run: AbstractRun, checkpoint_plan: Checkpo
         names = config.audit.scores or tuple(SCORES)
         total = work.count_audit_work(abstract_run.task, config.audit, config.certify, config.audit.queries, names)
         return [WorkStage("hypergradients and retrains", other_work=total)]
+    if isinstance(config, TuneConfig):
+        stages = work.tune_run_stages(abstract_run.task, config)
+    else:
+        stages = work.select_run_stages(abstract_run.task, config)
     steps = num_backward_steps(config.outer, abstract_run.task.num_steps)
     replays_per_step = (
         checkpointing.count_replayed_steps(steps, checkpoint_plan) / steps
@@ -200,7 +205,7 @@ def list_stages(config: Any, abstract_run: AbstractRun, checkpoint_plan: Checkpo
     )
     return [
         stage._replace(forward_steps=stage.forward_steps + (replays_per_step - REPLAY_WORK) * stage.backward_steps)
-        for stage in work.select_run_stages(abstract_run.task, config)
+        for stage in stages
     ]
 
 

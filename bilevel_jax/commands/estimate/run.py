@@ -29,6 +29,7 @@ from bilevel_jax.runs.config.load import (
     COMMANDS,
     RunConfig,
     TrainConfig,
+    TuneConfig,
 )
 from bilevel_jax.runs.config.rules import reads_array_data
 from bilevel_jax.runs.config.schema import EstimateSection
@@ -49,6 +50,8 @@ def estimate(config: RunConfig, options: EstimateSection) -> EstimateResult:
         raise ValueError("estimate is for runs on text: a task of arrays is over sooner than its estimate.")
     if urls.is_remote(options.dir):
         raise ValueError(f"estimate.dir = {options.dir}: an estimate is written to a folder of this machine. Name one.")
+    if isinstance(config, TuneConfig) and options.hosts > 1:
+        raise ValueError(f"estimate.hosts = {options.hosts}: tune runs in one process, on one host. Leave it at 1.")
     check_inputs_whole(config)
     if options.devices:
         check_hosts(options, options.devices)  # before all rows are read

@@ -12,6 +12,7 @@ from bilevel_jax.runs.terminal import make_console
 COMMAND_NOTES = {
     "compare": "Memory is that of the outer loop with outer.method; penalty and bmo may hold a second model.",
     "audit": "Memory is that of one training run and its backward pass; audit.vmap_size retrains hold as many states.",
+    "tune": "The search ends early where a setting holds at no higher loss; larger batches cost as many times more.",
 }
 STEP_LABELS = {
     "forward": "training step", "linearize": "training step, linearised", "backward": "step back",

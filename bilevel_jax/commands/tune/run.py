@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from bilevel_jax.commands.tune import report
-from bilevel_jax.commands.tune.search import BELIEVE, Costs, Outcome, Trained, Trial, search
+from bilevel_jax.commands.tune.search import BELIEVE, Outcome, Trained, Trial, search
 from bilevel_jax.commands.tune.settings import (
     Setting,
     apply_setting,
@@ -25,7 +25,7 @@ from bilevel_jax.core import certify
 from bilevel_jax.core.certify import Certificates, Metasmoothness, Verdict
 from bilevel_jax.core.types import Checks, Frozen, Params
 from bilevel_jax.core.unrolled import validation_loss_fn
-from bilevel_jax.runs.budget.work import count_certificate_estimates, count_certificate_retrains, count_outer_step_work
+from bilevel_jax.runs.budget.work import count_tune_costs
 from bilevel_jax.runs.config.load import AuditConfig, SelectConfig, TuneConfig, config_hash, config_to_yaml
 from bilevel_jax.runs.config.rules import reads_array_data
 from bilevel_jax.runs.config.schema import AuditSection
@@ -39,7 +39,7 @@ from bilevel_jax.runs.engine.certificates import (
 from bilevel_jax.runs.engine.folds import Turn, take_turn, turn_training_stream, turn_validation_stream
 from bilevel_jax.runs.engine.outer_loop import data_order_seed, train_and_estimate
 from bilevel_jax.runs.engine.reliability import fields_to_json, measure_estimate_reliability, reliability_from_json
-from bilevel_jax.runs.engine.trainer import EXTRA_LOSS_WORK, Trainer, check_hypergradient_finite
+from bilevel_jax.runs.engine.trainer import Trainer, check_hypergradient_finite
 from bilevel_jax.runs.infra import distributed, inputs, run_dir, seals
 from bilevel_jax.runs.infra.checkpoint import keep_last_checkpoints
 from bilevel_jax.runs.infra.distributed import fetch_to_host
@@ -338,7 +338,7 @@ def _run_search(config: TuneConfig, settings: Settings, task: Task, session: Ses
     part = "dev" if "dev" in task.held_out_streams else "validation"
     changes = list_changes(settings.config, len(task.trainable_indices()))
     costs, steps, unit, counts = (
-        count_costs(task, config),
+        count_tune_costs(task, config.outer, config.certify),
         task.num_steps,
         task.outer_objective.unit,
         count_examples(task),
@@ -365,7 +365,7 @@ def _run_search(config: TuneConfig, settings: Settings, task: Task, session: Ses
         "stopped_by_budget": outcome.stopped_by_budget,
         "optimism": estimate_optimism(outcome, judge.example_losses, config.data.seed),
         "tuned": f"{config.output.dir.rstrip('/')}/{TUNED_FILE}" if outcome.proposed else None,
-        "tuned_for": "audit" if reads_array_data(config) else "select",
+        "tuned_for": choose_next_command(config),
         "notes": notes,
         "seconds": sum(session.job_cost(f"{job}/")[1] for job in ("train", "draw", "compared", "certified")),
         "config_hash": config_hash(config),
@@ -379,16 +379,6 @@ def _run_search(config: TuneConfig, settings: Settings, task: Task, session: Ses
     run_dir.write_result(session.folder, result)
     report.write_tune_report(session.folder)
     return result
-
-
-def count_costs(task: Task, config: TuneConfig) -> Costs:
-    """What the pieces of work of the config's own setting cost, in trainings, at most."""
-    outer = dataclasses.replace(config.outer, estimate="per_example")
-    gradient = count_outer_step_work(task, outer) / task.num_steps
-    halves = EXTRA_LOSS_WORK * (3 if "dev" in task.held_out_streams else 1) if outer.reliability_every else 0.0
-    retrains, estimates = count_certificate_retrains(config.certify), count_certificate_estimates(config.certify) - 1
-    ratios = retrains - config.certify.retrains
-    return Costs(1.0, 2 * gradient + halves, ratios, config.certify.retrains + estimates * gradient)
 
 
 def estimate_optimism(outcome: Outcome, example_losses: Mapping[str, list[float] | None], seed: int) -> float | None:
@@ -414,15 +404,23 @@ def estimate_optimism(outcome: Outcome, example_losses: Mapping[str, list[float]
 
 def format_tuned(config: TuneConfig, setting: Setting, result: dict[str, Any]) -> str:
     """The config of the command that goes on with the proposed setting, as YAML with a comment."""
-    command, config_class = ("audit", AuditConfig) if reads_array_data(config) else ("select", SelectConfig)
+    command = choose_next_command(config)
+    config_class = AuditConfig if command == "audit" else SelectConfig
     tuned = apply_setting(config, setting)
     output = dataclasses.replace(tuned.output, dir=f"{tuned.output.dir.rstrip('/')}-tuned", resume=False)
     names = {field.name for field in dataclasses.fields(config_class)}
     sections = {name: section for name, section in vars(tuned).items() if name in names} | {"output": output}
-    if config_class is AuditConfig and not config.outer.proximal:  # which implicit needs
-        sections["audit"] = AuditSection(estimators=("unrolled", "alignment"))
+    if command == "audit" and not config.outer.proximal and config.audit.estimators == AuditSection().estimators:
+        sections["audit"] = dataclasses.replace(config.audit, estimators=("unrolled", "alignment"))  # not implicit
     text = config_to_yaml(config_class(**sections))
     return f"# bilevel-jax {command} {config.output.dir.rstrip('/')}/{TUNED_FILE}\n# {result['sentence']}\n{text}"
+
+
+def choose_next_command(config: TuneConfig) -> str:
+    """The command that tuned.yaml is for."""
+    if config.tune.command != "auto":
+        return config.tune.command
+    return "audit" if reads_array_data(config) or config.audit != AuditSection() else "select"
 
 
 def read_key(config: TuneConfig, key: str) -> Any:

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 from bilevel_jax.commands.tune.settings import LEARNING_RATE, Setting, drop_rate, find_rate, name_setting
 from bilevel_jax.core.certify import Verdict
+from bilevel_jax.runs.budget.work import TuneCosts
 from bilevel_jax.runs.config.load import TuneConfig
 
 PROMISING = 0.6
@@ -24,18 +25,6 @@ class Trained(NamedTuple):
     """The one that settings are chosen by; infinite where training failed."""
     failure: str = ""
     """Why there is none."""
-
-
-class Costs(NamedTuple):
-    """What the pieces of work of the config's own setting cost, in trainings."""
-
-    training: float
-    draw: float
-    """The hypergradient with its training, and that of a draw of metasmoothness."""
-    ratios: float
-    """The finite differences."""
-    certificates: float
-    """All others, at most."""
 
 
 @dataclass
@@ -102,7 +91,7 @@ class Outcome(NamedTuple):
     stopped_by_budget: bool
 
 
-def search(config: TuneConfig, changes: Mapping[str, Sequence[Setting]], judge: Judge, costs: Costs) -> Outcome:
+def search(config: TuneConfig, changes: Mapping[str, Sequence[Setting]], judge: Judge, costs: TuneCosts) -> Outcome:
     """A setting that holds, with a loss that is low among those that were tried, within tune.budget.
 
     Rounds of candidates: of the first one the learning rates; of later ones each change of a setting, the learning rate
@@ -141,7 +130,7 @@ def search(config: TuneConfig, changes: Mapping[str, Sequence[Setting]], judge: 
 class _Search:
     """The trials so far, and what they cost."""
 
-    def __init__(self, config: TuneConfig, judge: Judge, costs: Costs):
+    def __init__(self, config: TuneConfig, judge: Judge, costs: TuneCosts):
         self.config, self.judge, self.costs = config, judge, costs
         self.trials: list[Trial] = []
         self.spent = 0.0

@@ -12,6 +12,7 @@ from bilevel_jax.runs.config.load import (
     RunConfig,
     SelectConfig,
     TrainConfig,
+    TuneConfig,
 )
 from bilevel_jax.runs.config.schema import (
     EXACT_ESTIMATOR,
@@ -126,6 +127,10 @@ def evaluation_work(task: TextTask, config: RunConfig, target_costs: Sequence[fl
     reference_work = _count_reference_work(task, target_costs)
     if isinstance(config, TrainConfig):
         return reference_work + all_parts_work * (task.num_steps // config.train.eval_steps + 2)
+    if isinstance(config, TuneConfig):  # each training is read; those of certificates on validation alone
+        trainings = 2 + sum(rate != 1 for rate in config.tune.learning_rates)
+        retrains, estimates = count_certificate_retrains(config.certify), count_certificate_estimates(config.certify)
+        return reference_work + trainings * all_parts_work + (retrains * FORWARD_WORK + estimates + 1) * validation_work
     total = reference_work + (config.outer.steps + 1) * (all_parts_work + validation_work)
     if not isinstance(config, CompareConfig) and config.certify.enabled:
         certificate_count = 2 if config.outer.restart == "cold" else 1
@@ -223,6 +228,58 @@ def count_certificate_retrains(certify: CertifySection) -> int:
 def count_certificate_estimates(certify: CertifySection) -> int:
     """Hypergradients of one set of certificates, each with a training, at most."""
     return len(certify.removed) * certify.draws
+
+
+class TuneCosts(NamedTuple):
+    """What the pieces of work of `tune` cost at the config's own setting, in trainings."""
+
+    training: float
+    draw: float
+    """The hypergradient with its training, and that of a draw of metasmoothness."""
+    ratios: float
+    """The finite differences."""
+    certificates: float
+    """All others, at most."""
+
+
+def count_tune_costs(task: Task, outer: OuterSection, certify: CertifySection) -> TuneCosts:
+    """What a setting costs at each stage of the search, with the batches of the config."""
+    gradient = _tune_gradient_stage(task, outer).work / task.num_steps
+    retrains, more_draws = count_certificate_retrains(certify), count_certificate_estimates(certify) - 1
+    certificates = certify.retrains + more_draws * gradient
+    halves = _tune_halves_work(task, outer) / task.num_steps
+    return TuneCosts(1.0, 2 * gradient + halves, retrains - certify.retrains, certificates)
+
+
+def tune_run_stages(task: Task, config: TuneConfig) -> list[WorkStage]:
+    """The stages of a `tune` run, at most: the config's own setting, a training for each learning rate, and what
+    tune.budget leaves for certifying these and for other settings."""
+    outer, certify, steps = config.outer, config.certify, task.num_steps
+    estimates = count_certificate_estimates(certify) + 1
+    own = _add_stages(
+        "the config's own setting and its certificates",
+        WorkStage("", forward_steps=(1 + count_certificate_retrains(certify)) * steps),
+        _tune_gradient_stage(task, outer).repeat(estimates, ""),
+        WorkStage("", other_work=_tune_halves_work(task, outer)),
+    )
+    left = max(0.0, config.tune.budget * steps - own.work)
+    rates = WorkStage(
+        "learning rates", forward_steps=min(left, steps * sum(rate != 1 for rate in config.tune.learning_rates))
+    )
+    rest = WorkStage("their certificates and other settings (tune.budget)", other_work=left - rates.work)
+    return [own, *(stage for stage in (rates, rest) if stage.work)]
+
+
+def _tune_gradient_stage(task: Task, outer: OuterSection) -> WorkStage:
+    """A training and its hypergradient."""
+    training = WorkStage("", forward_steps=task.num_steps)
+    return _add_stages("", training, _hypergradient_stage(outer, task.num_steps, _count_epoch_steps(task, outer)))
+
+
+def _tune_halves_work(task: Task, outer: OuterSection) -> float:
+    """What the reliability adds to the first hypergradient of a setting."""
+    losses = 3 if "dev" in task.held_out_streams else 1
+    return EXTRA_LOSS_WORK * losses * task.num_steps if outer.reliability_every else 0.0
 
 
 def count_compare_work(task: Task, config: CompareConfig, labels: KnownLabels | None) -> list[WorkStage]:

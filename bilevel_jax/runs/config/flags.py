@@ -78,7 +78,8 @@ NOT_IN_REFINE = (
 NOT_IN_TUNE = (
     *NOT_IN_COMPARE, "data.label_field", "arrays.train_examples", "arrays.validation_examples", "arrays.label_noise",
     "outer.weighting", "outer.steps", "outer.learning_rate", "selection.top_share", "contradictions.draws",
-    "retrain.enabled", "certify.enabled", "evaluate.prompts",
+    "retrain.enabled", "certify.enabled", "evaluate.prompts", "audit.estimators", "audit.scores", "audit.removed",
+    "audit.subsets", "audit.extremes",
 )  # fmt: skip
 """Those that tuned.yaml passes on and `tune` does not read, and those that few of its runs set."""
 

@@ -177,9 +177,10 @@ class TuneConfig:
     hold is the best of them. Then one of the other settings is changed, around the best that holds or the smoothest.
     It ends with a setting that holds at a loss not above the config's own; a lower one may be there.
 
-    Writes tuned.yaml, the config with the proposed setting, ready for `bilevel-jax select`, and a report with the
-    picture: loss against metasmoothness. A verdict at uniform weights says nothing of learned ones; `select` certifies
-    again. One process (metasmooth search of Engstrom et al., arXiv 2503.13751, judged by these certificates).
+    Writes tuned.yaml, the config with the proposed setting, ready for `bilevel-jax select` (or `audit`, tune.command),
+    and a report with the picture: loss against metasmoothness. A verdict at uniform weights says nothing of learned
+    ones; `select` certifies again. One process (metasmooth search of Engstrom et al., arXiv 2503.13751, judged by these
+    certificates).
     """
 
     tune: schema.TuneSection = schema.TuneSection()
@@ -199,6 +200,7 @@ class TuneConfig:
     output: schema.OutputSection = schema.OutputSection()
     selection: schema.SelectionSection = schema.SelectionSection()
     retrain: schema.RetrainSection = schema.RetrainSection()
+    audit: schema.AuditSection = schema.AuditSection()
     certify: schema.CertifySection = schema.CertifySection()
     evaluate: schema.EvaluateOwnSection = schema.EvaluateOwnSection()
     generate: schema.GenerateSection = schema.GenerateSection(temperature=0.0)
@@ -312,11 +314,12 @@ class EvaluateConfig:
 class EstimateConfig:
     """Estimate memory per device, disk, work and hours of a run before it starts; loads no weights.
 
-    CONFIG is the file of a run of `select`, `train`, `compare` or `audit`, and every flag of that command may follow
-    (`bilevel-jax select --help-all`). A model larger than this machine needs only its config.json, with
-    --estimate.train-examples where data and tokenizer are absent, --estimate.devices for a mesh of absent devices,
-    --estimate.tflops for their speed and --estimate.memory-gib for their memory. With the folder of a finished run it
-    prints the estimate next to what was measured.
+    CONFIG is the file of a run of `select`, `train`, `compare`, `audit` or `tune`, and every flag of that command may
+    follow (`bilevel-jax select --help-all`); a file without section tune needs --estimate.command tune for that. A
+    model larger than this machine needs only its config.json, with --estimate.train-examples where data and tokenizer
+    are absent, --estimate.devices for a mesh of absent devices, --estimate.tflops for their speed and
+    --estimate.memory-gib for their memory. With the folder of a finished run it prints the estimate next to what was
+    measured.
     """
 
     estimate: schema.EstimateSection = schema.EstimateSection()
@@ -334,7 +337,7 @@ class WatchConfig:
     watch: schema.WatchSection = schema.WatchSection()
 
 
-OuterLoopConfig = SelectConfig | CompareConfig | AuditConfig
+OuterLoopConfig = SelectConfig | CompareConfig | AuditConfig | TuneConfig
 RunConfig = OuterLoopConfig | TrainConfig
 """Of the commands whose memory and work are estimated."""
 ConfigT = TypeVar(
@@ -456,7 +459,7 @@ def ignored_sections(config_class: Any) -> Collection[str]:
         SelectConfig, TrainConfig, CompareConfig, AuditConfig, RankConfig, RefineConfig, ScoreConfig, EvaluateConfig
     )  # fmt: skip
     if config_class is TuneConfig:
-        return ("audit", "compare")  # tuned.yaml has them not: the proposal stands as flags, too
+        return ("compare",)  # tuned.yaml has it not: the proposal stands as flags, too
     return () if config_class in commands_with_own_sections else section_names()
 
 
@@ -496,7 +499,9 @@ def load_config_to_estimate(
     if path is None:
         raise ValueError("estimate: give the config of the run, or the folder of one that is finished.")
     config_class = choose_config_to_estimate(
-        options.estimate.command, lambda config_class: read_yaml_config(config_class, find_config(path)), str(path)
+        options.estimate.command,
+        lambda kind: read_yaml_config(kind, find_config(path), ignored_sections(kind)),
+        str(path),
     )
     return load_config(config_class, path, command_flags), options.estimate
 
@@ -505,12 +510,13 @@ def choose_config_to_estimate(command: str, read: Callable[[Any], Any], config_s
     """The config class of the run to estimate: that of `command`, or for "auto" of the one that can read the config.
 
     Args:
-        command: select, train, compare, audit or auto.
+        command: select, train, compare, audit, tune or auto. A config that another one reads is taken for its.
         read: config class -> the config; a ValueError lists what does not fit the class.
         config_source: names the config, for errors.
     """
     config_classes: dict[str, Any] = {
-        COMMANDS[config_class]: config_class for config_class in (SelectConfig, TrainConfig, CompareConfig, AuditConfig)
+        COMMANDS[config_class]: config_class
+        for config_class in (SelectConfig, TrainConfig, CompareConfig, AuditConfig, TuneConfig)
     }
     if command != "auto":
         return config_classes[command]
@@ -521,6 +527,8 @@ def choose_config_to_estimate(command: str, read: Callable[[Any], Any], config_s
             matches.append(name)
         except ValueError as error:
             errors[name] = str(error)
+    if len(matches) > 1 and "tune" in matches:  # which reads the files of others
+        matches.remove("tune")
     if len(matches) == 1:
         return config_classes[matches[0]]
     if matches:

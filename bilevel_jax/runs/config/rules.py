@@ -68,6 +68,11 @@ def _compares_answers(config: Any) -> bool:
     return hasattr(config, "compare") and len(config.evaluate.prompts) > 0
 
 
+def is_audit(config: Any) -> bool:
+    """Whether it is the config of a run of `audit`; that of `tune` may hold its section, too."""
+    return hasattr(config, "audit") and not hasattr(config, "tune")
+
+
 def trains_generator(config: Any) -> bool:
     """Whether a run is one of `refine` that trains its generator."""
     return hasattr(config, "refine") and config.refine.generator == "reinforce"
@@ -259,10 +264,15 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "all lists are empty, so there is nothing to try: give tune.learning_rates",
     ),
     (
+        "tune.command",
+        lambda c: c.tune.command != "select" or not reads_array_data(c),
+        "select is for text: a task of arrays goes on with audit",
+    ),
+    (
         "outer.product_precision",
         lambda c: (
             c.outer.product_precision == "highest"
-            or hasattr(c, "audit")
+            or is_audit(c)
             or hasattr(c, "compare")
             or _goes_back_through_training(c)
         ),
@@ -271,7 +281,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "outer.product_precision",
-        lambda c: c.outer.product_precision == "highest" or not hasattr(c, "audit"),
+        lambda c: c.outer.product_precision == "highest" or not is_audit(c),
         "audit judges estimates by exact hypergradients, whose products have the highest precision: leave it at "
         "highest",
     ),
@@ -511,7 +521,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "target.coefficients",
-        lambda c: not hasattr(c, "audit") or 0 not in c.target.coefficients,
+        lambda c: not is_audit(c) or 0 not in c.target.coefficients,
         "a target of coefficient 0 is reported beside the validation loss, and audit reports none by itself: leave it "
         "out",
     ),
@@ -677,7 +687,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "audit.estimators",
-        lambda c: "implicit" not in c.audit.estimators or c.outer.proximal > 0,
+        lambda c: not is_audit(c) or "implicit" not in c.audit.estimators or c.outer.proximal > 0,
         "implicit needs outer.proximal above 0 (try 0.01), which all estimators then train with",
     ),
     (
@@ -1058,6 +1068,7 @@ REQUIRED_SECTIONS = {
     "data.packing": ("train",),
     "compare.methods": ("compare",),
     "audit.estimators": ("audit",),
+    "tune.command": ("data",),
     "verifier.answer_field": ("rank",),
     "evaluate.metrics": ("evaluate", "verifier"),
     "judge.url": ("evaluate",),

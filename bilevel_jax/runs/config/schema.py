@@ -852,6 +852,10 @@ class TuneSection:
     activations: Annotated[tuple[Literal["relu", "gelu", "silu", "tanh"], ...], Unique()] = ("gelu", "tanh")
     """Values of arrays.activation, where there are hidden layers; a language model has that of its checkpoint."""
 
+    command: Literal["auto", "select", "audit"] = "auto"
+    """Command that tuned.yaml is written for; auto: audit for arrays, and where section audit has a value that is not
+    its default, else select."""
+
     budget: Count = 400
     """Work at most, in trainings of the config's own length; its own certificates are always computed."""
 
@@ -925,7 +929,7 @@ class ShowSection:
 class EstimateSection:
     """The machine that is estimated for, and how the estimate is made."""
 
-    command: Literal["auto", "select", "train", "compare", "audit"] = "auto"
+    command: Literal["auto", "select", "train", "compare", "audit", "tune"] = "auto"
     """Command that the config is for; auto: detected from its sections."""
 
     devices: Annotated[int, Ge(0), Special(0, "those of this machine")] = 0
