@@ -22,7 +22,7 @@ from bilevel_jax.lm.losses.sft import assemble_params
 from bilevel_jax.lm.models import Decoder
 from bilevel_jax.runs.config.schema import ScoresSection
 from bilevel_jax.runs.config.yaml_reader import suggest_nearest
-from bilevel_jax.runs.infra import checkpoint, distributed, run_dir
+from bilevel_jax.runs.infra import checkpoint, distributed, run_dir, seals
 from bilevel_jax.runs.infra.placement import replicate_unplaced
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.infra.step_loop import run_steps
@@ -262,9 +262,24 @@ HOLDOUT_FREE_SCORES = ("loss", "perplexity", "margin", "random")
 
 
 def read_scores_table(folder: Path, task: Task) -> pa.Table:
-    """scores.parquet of a run, or the rows without any score; a ValueError where it is of other rows."""
+    """scores.parquet of a run, or the rows without any score; a ValueError where it is of other rows.
+
+    Of several processes all call this, and one that sees an earlier file waits for the columns that the first one sees.
+    """
     path = folder / SCORES_FILE
-    stored = run_dir.read_parquet(path) if distributed.is_there(path) else _ids_table(task)
+
+    def list_columns() -> list[str]:
+        return run_dir.read_parquet(path).column_names if path.exists() else []
+
+    columns = distributed.share_work_of_first(list_columns)
+
+    def read() -> pa.Table:
+        table = run_dir.read_parquet(path)
+        if missing := [column for column in columns if column not in table.column_names]:
+            raise seals.DamagedFileError(f"the file is an earlier one, without the column {missing[0]}.")
+        return table
+
+    stored = run_dir.read_when_seen(path, read) if columns else _ids_table(task)
     if stored["id"].to_pylist() != [task.examples[row].id for row in task.trainable_indices()]:
         raise ValueError(f"{path} holds scores of other rows. Give the data that the run was started with.")
     return stored

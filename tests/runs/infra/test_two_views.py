@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pyarrow as pa
+
 from bilevel_jax.runs.infra import checkpoint, run_dir, seals
 from bilevel_jax.runs.infra.journal import Journal
 from tests.conftest import ROOT
@@ -24,6 +26,8 @@ def test_the_first_decides_and_its_values_are_those_of_all(tmp_path):
     run_dir.write_atomic(folders[0] / "checkpoints" / "done.json", jobs)
     (folders[0] / "file").touch()
     run_dir.write_json(folders[0] / "late.json", {"late": 1})
+    for folder, columns in zip(folders, ({"id": ["a"], "loss": [1.0]}, {"id": ["a"]}), strict=True):
+        run_dir.write_parquet(folder / "scores.parquet", pa.table(columns))
     for folder, count in zip(folders, (2, 1), strict=True):
         journal = Journal(folder / "journal.jsonl", fsync=True)
         for record in range(count):
@@ -62,6 +66,7 @@ def test_the_first_decides_and_its_values_are_those_of_all(tmp_path):
             "checkpoint": ["not seen", {"a": 1}],
             "snapshot": ["not seen", {"a": 1}],
             "late.json": ["not seen", {"late": 1}],
+            "scores.parquet": ["not seen", ["id", "loss"]],
             "long": True,
             "cg": 3,
             "negative curvature": 1,

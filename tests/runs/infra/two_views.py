@@ -6,6 +6,8 @@ import shutil
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,10 @@ from bilevel_jax.runs.engine.trainer import check_finite
 from bilevel_jax.runs.infra import checkpoint, distributed, run_dir
 from bilevel_jax.runs.infra.journal import Journal
 from bilevel_jax.runs.infra.session import open_session
+from bilevel_jax.runs.scoring.scores import read_scores_table
 
+TASK: Any = SimpleNamespace(examples=[SimpleNamespace(id="a")], trainable_indices=lambda: [0])
+"""The part of a task that a table of scores is read by."""
 LONG = {"text": "é" * 3000, "nan": math.nan, "list": [0.1, None]}
 distributed.MAX_SHARED_BYTES = 1 << 10  # so that it comes in pieces
 
@@ -62,10 +67,12 @@ def look_at_late_files(number: int, folder: Path, checkpoints: Path) -> dict:
             return checkpoint.restore_checkpoint(checkpoints, {"a": 1}).tree
         if name == "snapshot":
             return checkpoint.make_snapshot_store(checkpoints).get(3, {"a": 1})
+        if name == "scores.parquet":
+            return read_scores_table(folder, TASK).column_names
         return run_dir.read_json(folder / "late.json")
 
     found = {}
-    for name in ("checkpoint", "snapshot", "late.json"):
+    for name in ("checkpoint", "snapshot", "late.json", "scores.parquet"):
         run_dir.SEEN_SECONDS = 0.0
         try:
             read(name)
@@ -74,7 +81,7 @@ def look_at_late_files(number: int, folder: Path, checkpoints: Path) -> dict:
             parts = ["process 1 on ", "waited 0 s", "A network disk", "Remove nothing"]
             found[name] = ["not seen" if all(part in str(error) for part in parts) else str(error)]
         run_dir.SEEN_SECONDS = 60.0
-        coming = checkpoints / "step_0000000003" if name != "late.json" else folder / name
+        coming = folder / name if "." in name else checkpoints / "step_0000000003"
         if number == 1:
             threading.Timer(0.3, copy_from_first, [folder, coming]).start()
         found[name].append(read(name))
