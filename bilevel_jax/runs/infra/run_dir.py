@@ -275,13 +275,13 @@ def read_when_seen(path: str | Path, read: Callable[[], ResultT], *, by_any: boo
 
     Raises FileNotFoundError for what is not seen by then; elsewhere what `read` raises, at once.
     """
-    is_late = distributed.is_multiprocess() and (by_any or not distributed.is_first_process())
+    is_awaited = distributed.is_multiprocess() and (by_any or not distributed.is_first_process())
     end, pause = time.monotonic() + SEEN_SECONDS, FIRST_POLL_SECONDS
     while True:
         try:
             return read()
         except (OSError, seals.DamagedFileError) as error:
-            if not is_late or not _may_be_late(error):
+            if not is_awaited or not _may_be_late(error):
                 raise
             if time.monotonic() > end:
                 problem = error.problem if isinstance(error, seals.DamagedFileError) else "it is missing"
