@@ -31,6 +31,8 @@ DAMAGED = {
     "select": ("--train.seed 5 --data.seed 5", 60),
     "select, the built-in task": ("--data.seed 5", 12),
     "compare": ("--data.seed 5", 60),
+    "compare, proxies": ("--data.seed 5", 40),
+    "tune": ("--data.seed 5", 20),
     "audit": ("--data.seed 5", 40),
     "rank": ("--data.seed 5", 2),
     "refine": ("--data.seed 5", 60),
@@ -69,11 +71,12 @@ def runs(request, table_inputs, tmp_path_factory):  # noqa: F811
 
 
 def contents_without_place(folder, made):
-    """What a run holds, without the names of the folders of these runs: its config and report have them."""
+    """What a run holds, without the names of the folders of these runs: its config, report and proposal have them."""
     held = contents(folder)
-    for name in ("config.yaml", "report.html"):
-        for place in (made["finished"][0], made["stopped"][0]):
-            held[name] = held[name].replace(str(place).encode(), b"PLACE")
+    for name in ("config.yaml", "report.html", "tuned.yaml"):
+        for place in (made["finished"][0], made["stopped"][0], folder):
+            if name in held:
+                held[name] = held[name].replace(str(place).encode(), b"PLACE")
     return held
 
 

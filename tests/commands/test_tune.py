@@ -73,6 +73,7 @@ def test_the_proposed_setting_is_ready_for_the_next_command(whole):
     assert "--optimizer.learning-rate 0.003" in result.summary and "BELIEVE" in result.summary
     assert bj.commands.read_result(result.folder).summary == result.summary
     page = result.report.read_text()
+    assert "can only take a BELIEVE away" in page and "2 settings were measured with the same draws" in page
     assert "too low" in page and "Test has chosen nothing" in page and page.count("<svg") == 1
     with pytest.raises(FileExistsError):
         bj.commands.tune(result.folder / "config.yaml")
@@ -129,6 +130,29 @@ def test_choosing_the_least_of_equal_settings_is_optimistic_by_the_noise():
     examples[rough.name] = [-1.0] * count
     with_rough = run.estimate_optimism(outcome._replace(trials=[*trials, rough]), examples, 0)
     assert with_rough == run.estimate_optimism(outcome, examples, 0)
+
+
+@pytest.mark.slow
+def test_on_text_its_certificates_are_those_of_select_and_of_audit_at_the_setting_that_it_proposes(made, tmp_path):
+    """The same draws and directions in float32, by programs that are compiled for other optimizers."""
+    tune = {"learning_rates": [0.03, 0.01], "warmup_shares": [], "eps_roots": [], "clip_norms": [], "batch_sizes": []}
+    train = {"max_steps": 4, "global_batch_size": 18}
+    flags = {"optimizer": {"learning_rate": 3.0, "name": "sgd"}, "train": train, "retrain": {"enabled": False}}
+    given = flags | {"tune": {**tune, "max_loss_increase": 9.0}, "output": {"dir": str(tmp_path / "tune")}}
+    tuned = bj.commands.tune(made / "select.yaml", **given)
+    assert tuned.proposed is not None and tuned.proposed is not tuned.settings[0], tuned.summary
+    [mine] = [row["certificates"] for row in tuned.result["rows"] if row["name"] == tuned.result["proposed"]]
+    selected = bj.commands.select(tuned.tuned, retrain={"enabled": False})
+    theirs = selected.result["certificates"]["uniform weights"]
+    for key in ("steps", "ratios"):
+        assert mine["exact"][key] == pytest.approx(theirs["exact"][key], rel=1e-3)
+    for key in ("removed", "cosines"):
+        assert mine["smooth"][key] == pytest.approx(theirs["smooth"][key], abs=1e-3)
+    assert mine["reliability"]["value"] == pytest.approx(theirs["reliability"]["value"], abs=1e-3)
+    given |= {"tune": {**given["tune"], "command": "audit"}, "output": {"dir": str(tmp_path / "other")}}
+    again = bj.commands.tune(made / "select.yaml", audit={"subsets": 8, "queries": 0, "extremes": []}, **given)
+    scores = {"scores": ["random"], "token_examples": 0}
+    assert bj.commands.audit(again.tuned, audit=scores).config.optimizer == selected.config.optimizer
 
 
 def make_row(name, loss, level=None, draw=None):

@@ -364,7 +364,7 @@ def _run_search(config: TuneConfig, settings: Settings, task: Task, session: Ses
         "budget": config.tune.budget,
         "stopped_by_budget": outcome.stopped_by_budget,
         "optimism": estimate_optimism(outcome, judge.example_losses, config.data.seed),
-        "tuned": f"{config.output.dir.rstrip('/')}/{TUNED_FILE}" if outcome.proposed else None,
+        "tuned": name_tuned_file(config) if outcome.proposed else None,
         "tuned_for": choose_next_command(config),
         "notes": notes,
         "seconds": sum(session.job_cost(f"{job}/")[1] for job in ("train", "draw", "compared", "certified")),
@@ -414,6 +414,12 @@ def format_tuned(config: TuneConfig, setting: Setting, result: dict[str, Any]) -
         sections["audit"] = dataclasses.replace(config.audit, estimators=("unrolled", "alignment"))  # not implicit
     text = config_to_yaml(config_class(**sections))
     return f"# bilevel-jax {command} {config.output.dir.rstrip('/')}/{TUNED_FILE}\n# {result['sentence']}\n{text}"
+
+
+def name_tuned_file(config: TuneConfig) -> str:
+    """tuned.yaml in output.dir; of an absolute one its name alone, as result.json may leave this machine."""
+    folder = config.output.dir.rstrip("/")
+    return f"{Path(folder).name if Path(folder).is_absolute() else folder}/{TUNED_FILE}"
 
 
 def choose_next_command(config: TuneConfig) -> str:

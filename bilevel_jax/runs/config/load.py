@@ -510,7 +510,7 @@ def choose_config_to_estimate(command: str, read: Callable[[Any], Any], config_s
     """The config class of the run to estimate: that of `command`, or for "auto" of the one that can read the config.
 
     Args:
-        command: select, train, compare, audit, tune or auto. A config that another one reads is taken for its.
+        command: select, train, compare, audit, tune or auto. What another command reads, too, is not taken for tune's.
         read: config class -> the config; a ValueError lists what does not fit the class.
         config_source: names the config, for errors.
     """
