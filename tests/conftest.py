@@ -64,6 +64,9 @@ THOROUGH = (
     "commands/test_refine_pooled.py",
     "commands/test_starts.py",
     "commands/test_targets.py",
+    "runs/engine/test_agreement.py",
+    "runs/scoring/test_token_hypergradients.py",
+    "runs/tasks/test_targets.py",
 )
 """Files and folders of end-to-end runs that take most of the time of all tests: `pytest -m thorough`, which CI runs
 after the test command. What they share with other commands and options is tested there, too."""

@@ -211,9 +211,12 @@ def fit_evaluation_batch_shape(
     return fit_batch_shape(corpus, orders, steps, num_micro_batches=num_micro_batches, length=length, packing=packing)
 
 
-def padded_max_length(corpus: Corpus, multiple: int = 8) -> int:
-    """Token places of the longest sequence, rounded up: the least `length` of a batch shape of this corpus."""
-    return -(-(int(corpus.lengths.max()) - 1) // multiple) * multiple
+def padded_max_length(corpus: Corpus) -> int:
+    """Token places of the longest sequence, the least `length` of a batch shape of this corpus: rounded up to a
+    multiple of 8, below 64 of an eighth of a power of 2, so that short sequences are not padded by a half."""
+    longest = max(int(corpus.lengths.max()) - 1, 1)
+    multiple = max(1, 2 ** min(longest.bit_length() - 4, 3))
+    return -(-longest // multiple) * multiple
 
 
 def make_train_stream(
