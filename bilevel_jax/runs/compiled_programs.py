@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import os
 import platform
+import socket
 import zlib
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import jax
 
 LIMIT = 2**31
 """Bytes that the folder may hold at the start of a run."""
-DEFAULTS = {"jax_persistent_cache_min_compile_time_secs": 0.1, "jax_persistent_cache_min_entry_size_bytes": -1}
-"""JAX's settings of what is kept: all but what is compiled in no time."""
+DEFAULTS = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
+"""JAX's settings of what is kept: everything, as a run has fifty small programs that take two seconds together."""
 ENTRY_SUFFIX, CHECKED_FILE = "-cache", ".checked"
 """The end of the name of an entry of JAX; the file that is as old as the last check."""
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 CHUNK_BYTES = 2**20
+WRITEBACK_SECONDS = 60.0
+"""How long a file may be whole in memory alone, and cut on the disk where the machine stops then."""
 
 
 def keep_compiled_programs() -> Path | None:
@@ -77,11 +80,12 @@ def remove_cut_short(folder: Path) -> None:
     An entry is written once and never changes, so only those are read that came since the last check. One that another
     run is writing at this moment is removed, too: that run has the program, and a later one compiles it again.
     """
-    checked, checking = folder / CHECKED_FILE, folder / f"{CHECKED_FILE}-{os.getpid()}"
+    checked = folder / CHECKED_FILE
+    checking = folder / f"{CHECKED_FILE}-{socket.gethostname()}-{os.getpid()}"
     checking.touch()  # of the clock of the file system, as the entries are; a check that is killed has not been made
-    since = checked.stat().st_mtime if checked.exists() else 0.0
+    since = checked.stat().st_mtime - WRITEBACK_SECONDS if checked.exists() else 0.0
     for path in folder.glob(f"*{ENTRY_SUFFIX}"):
-        with contextlib.suppress(FileNotFoundError):  # another run removes files, too
+        with contextlib.suppress(OSError):  # another run removes files, too; another user's may not be read
             if path.stat().st_mtime >= since and path.is_file() and not _is_whole(path):
                 path.unlink()
     os.replace(checking, checked)
@@ -112,7 +116,8 @@ def _make_zstd_decompressor() -> Any:
     with contextlib.suppress(ImportError):
         return importlib.import_module("compression.zstd").ZstdDecompressor()
     with contextlib.suppress(ImportError):
-        return importlib.import_module("zstandard").ZstdDecompressor().decompressobj()
+        decompressor = importlib.import_module("zstandard").ZstdDecompressor().decompressobj()
+        return decompressor if hasattr(decompressor, "eof") else None  # early releases do not tell the end
     return None
 
 

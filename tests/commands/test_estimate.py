@@ -442,6 +442,9 @@ def test_the_verb_is_known_by_its_sections(made, tmp_path):
 def test_the_search_of_tune_is_counted_in_trainings(made, tmp_path):
     text = (made / "select.yaml").read_text()
     (tmp_path / "tune.yaml").write_text(text + "tune: {learning_rates: [0.5, 0.25, 1.0], budget: 60}\n")
+    (tmp_path / "compare.yaml").write_text(text + "compare: {budgets: 3}\n")  # which tune passes over
+    with pytest.raises(ValueError, match="(?s)is a config of none of .*budget"):
+        load_config_to_estimate(tmp_path / "compare.yaml")
     config, options = load_config_to_estimate(tmp_path / "tune.yaml", ["--estimate.no-compile"])
     assert isinstance(config, TuneConfig)
     plain, _ = load_config_to_estimate(made / "select.yaml", ["--estimate.command", "tune"])

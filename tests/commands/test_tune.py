@@ -113,6 +113,20 @@ def test_tuned_yaml_has_all_sections_of_the_command_that_goes_on(tmp_path, file,
         assert tuned.audit == dataclasses.replace(config.audit, estimators=estimators)
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--outer.product-precision", "default"], "outer.product_precision = .*audit judges estimates"),
+        (["--audit.estimators", "implicit", "alignment"], "audit.estimators = .*implicit needs outer.proximal"),
+    ],
+)
+def test_a_setting_that_audit_would_refuse_in_tuned_yaml_is_refused_before_the_search(flags, message):
+    given = ["--model.name-or-path", "m", "--data.train", "a.jsonl", "--data.validation", "b.jsonl", *flags]
+    with pytest.raises(ValueError, match=message):
+        load_config(TuneConfig, "configs/select.yaml", [*given, "--tune.command", "audit"])
+    load_config(TuneConfig, "configs/select.yaml", [*given, "--tune.command", "select"])
+
+
 def test_choosing_the_least_of_equal_settings_is_optimistic_by_the_noise():
     """Of K settings that differ by noise alone: E max of K normals, over the root of the number of examples."""
     count, settings = 400, 8

@@ -33,6 +33,7 @@ from bilevel_jax.runs.engine.raters import rater_work
 from bilevel_jax.runs.engine.single_loop import run_single_loop, single_loop_step_work
 from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK, Trainer
 from bilevel_jax.runs.infra import checkpoint
+from bilevel_jax.runs.infra.distributed import share_from_first
 from bilevel_jax.runs.infra.placement import place_table
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.pooling import pooling_work, pools_steps
@@ -194,7 +195,7 @@ def train_proxies(task: Task, sections: MethodSections, session: Session) -> lis
         session.set_phase(f"proxy run {run + 1} of {count}")
         work_before, began = session.work_done, time.monotonic()
         weights = place_table(task.mesh, sources.weights(mixtures[run]).astype(jnp.result_type(float)))
-        losses, failure = _train_proxy(trainer, sections, weights, run, loss_fn)
+        losses, failure = share_from_first(_train_proxy(trainer, sections, weights, run, loss_fn))
         judged = {part: loss for part in ("validation", "dev") if (loss := losses.get(part)) is not None}
         shares = [max(1, sizes[part]) for part in judged]
         record = {

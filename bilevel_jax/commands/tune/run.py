@@ -27,7 +27,7 @@ from bilevel_jax.core.types import Checks, Frozen, Params
 from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.runs.budget.work import count_tune_costs
 from bilevel_jax.runs.config.load import AuditConfig, SelectConfig, TuneConfig, config_hash, config_to_yaml
-from bilevel_jax.runs.config.rules import reads_array_data
+from bilevel_jax.runs.config.rules import choose_command_after_tune
 from bilevel_jax.runs.config.schema import AuditSection
 from bilevel_jax.runs.engine.certificates import (
     GradientPoint,
@@ -365,7 +365,7 @@ def _run_search(config: TuneConfig, settings: Settings, task: Task, session: Ses
         "stopped_by_budget": outcome.stopped_by_budget,
         "optimism": estimate_optimism(outcome, judge.example_losses, config.data.seed),
         "tuned": name_tuned_file(config) if outcome.proposed else None,
-        "tuned_for": choose_next_command(config),
+        "tuned_for": choose_command_after_tune(config),
         "notes": notes,
         "seconds": sum(session.job_cost(f"{job}/")[1] for job in ("train", "draw", "compared", "certified")),
         "config_hash": config_hash(config),
@@ -404,7 +404,7 @@ def estimate_optimism(outcome: Outcome, example_losses: Mapping[str, list[float]
 
 def format_tuned(config: TuneConfig, setting: Setting, result: dict[str, Any]) -> str:
     """The config of the command that goes on with the proposed setting, as YAML with a comment."""
-    command = choose_next_command(config)
+    command = choose_command_after_tune(config)
     config_class = AuditConfig if command == "audit" else SelectConfig
     tuned = apply_setting(config, setting)
     output = dataclasses.replace(tuned.output, dir=f"{tuned.output.dir.rstrip('/')}-tuned", resume=False)
@@ -420,13 +420,6 @@ def name_tuned_file(config: TuneConfig) -> str:
     """tuned.yaml in output.dir; of an absolute one its name alone, as result.json may leave this machine."""
     folder = config.output.dir.rstrip("/")
     return f"{Path(folder).name if Path(folder).is_absolute() else folder}/{TUNED_FILE}"
-
-
-def choose_next_command(config: TuneConfig) -> str:
-    """The command that tuned.yaml is for."""
-    if config.tune.command != "auto":
-        return config.tune.command
-    return "audit" if reads_array_data(config) or config.audit != AuditSection() else "select"
 
 
 def read_key(config: TuneConfig, key: str) -> Any:

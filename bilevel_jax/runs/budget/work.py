@@ -1,5 +1,6 @@
 """Work of a run, counted in training steps before it begins."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -244,22 +245,25 @@ class TuneCosts(NamedTuple):
 
 def count_tune_costs(task: Task, outer: OuterSection, certify: CertifySection) -> TuneCosts:
     """What a setting costs at each stage of the search, with the batches of the config."""
-    gradient = _tune_gradient_stage(task, outer).work / task.num_steps
+    stage = _tune_gradient_stage(task, outer)
+    gradient = stage.work / task.num_steps
+    highest = _product_error_stage(outer, stage).work / task.num_steps
     retrains, more_draws = count_certificate_retrains(certify), count_certificate_estimates(certify) - 1
     certificates = certify.retrains + more_draws * gradient
     halves = _tune_halves_work(task, outer) / task.num_steps
-    return TuneCosts(1.0, 2 * gradient + halves, retrains - certify.retrains, certificates)
+    return TuneCosts(1.0, 2 * gradient + highest + halves, retrains - certify.retrains, certificates)
 
 
 def tune_run_stages(task: Task, config: TuneConfig) -> list[WorkStage]:
     """The stages of a `tune` run, at most: the config's own setting, a training for each learning rate, and what
     tune.budget leaves for certifying these and for other settings."""
     outer, certify, steps = config.outer, config.certify, task.num_steps
-    estimates = count_certificate_estimates(certify) + 1
+    estimates, estimate = count_certificate_estimates(certify) + 1, _tune_gradient_stage(task, outer)
     own = _add_stages(
         "the config's own setting and its certificates",
         WorkStage("", forward_steps=(1 + count_certificate_retrains(certify)) * steps),
-        _tune_gradient_stage(task, outer).repeat(estimates, ""),
+        estimate.repeat(estimates, ""),
+        _product_error_stage(outer, estimate),
         WorkStage("", other_work=_tune_halves_work(task, outer)),
     )
     left = max(0.0, config.tune.budget * steps - own.work)
@@ -271,9 +275,11 @@ def tune_run_stages(task: Task, config: TuneConfig) -> list[WorkStage]:
 
 
 def _tune_gradient_stage(task: Task, outer: OuterSection) -> WorkStage:
-    """A training and its hypergradient."""
-    training = WorkStage("", forward_steps=task.num_steps)
-    return _add_stages("", training, _hypergradient_stage(outer, task.num_steps, _count_epoch_steps(task, outer)))
+    """A training and its hypergradient: of `implicit` at most, with all batches, as the budget is a bound."""
+    training, epoch_steps = WorkStage("", forward_steps=task.num_steps), _count_epoch_steps(task, outer)
+    if outer.method == "implicit":
+        outer = dataclasses.replace(outer, curvature_batches=epoch_steps)
+    return _add_stages("", training, _hypergradient_stage(outer, task.num_steps, epoch_steps))
 
 
 def _tune_halves_work(task: Task, outer: OuterSection) -> float:

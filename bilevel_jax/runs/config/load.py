@@ -510,7 +510,7 @@ def choose_config_to_estimate(command: str, read: Callable[[Any], Any], config_s
     """The config class of the run to estimate: that of `command`, or for "auto" of the one that can read the config.
 
     Args:
-        command: select, train, compare, audit, tune or auto. What another command reads, too, is not taken for tune's.
+        command: select, train, compare, audit, tune or auto. Auto takes for tune's what sets a key of section tune.
         read: config class -> the config; a ValueError lists what does not fit the class.
         config_source: names the config, for errors.
     """
@@ -523,12 +523,12 @@ def choose_config_to_estimate(command: str, read: Callable[[Any], Any], config_s
     matches, errors = [], {}
     for name, config_class in config_classes.items():
         try:
-            read(config_class)
-            matches.append(name)
+            config = read(config_class)
         except ValueError as error:
             errors[name] = str(error)
-    if len(matches) > 1 and "tune" in matches:  # which reads the files of others
-        matches.remove("tune")
+            continue
+        if name != "tune" or config.tune != schema.TuneSection():  # tune reads files of others, faulty ones among them
+            matches.append(name)
     if len(matches) == 1:
         return config_classes[matches[0]]
     if matches:

@@ -13,6 +13,7 @@ from bilevel_jax.runs.config.schema import (
     POOLED_METHODS,
     SINGLE_LOOP_METHODS,
     SOURCE_BASELINES,
+    AuditSection,
     OuterSection,
     ScoresSection,
     ScoreWeightsSection,
@@ -71,6 +72,18 @@ def _compares_answers(config: Any) -> bool:
 def is_audit(config: Any) -> bool:
     """Whether it is the config of a run of `audit`; that of `tune` may hold its section, too."""
     return hasattr(config, "audit") and not hasattr(config, "tune")
+
+
+def choose_command_after_tune(config: Any) -> str:
+    """The command that tuned.yaml, which `tune` writes of this config, is for."""
+    if config.tune.command != "auto":
+        return config.tune.command
+    return "audit" if reads_array_data(config) or config.audit != AuditSection() else "select"
+
+
+def leads_to_audit(config: Any) -> bool:
+    """Whether it is the config of a run of `audit`, or one of `tune` that ends with such a config."""
+    return is_audit(config) or hasattr(config, "tune") and choose_command_after_tune(config) == "audit"
 
 
 def trains_generator(config: Any) -> bool:
@@ -281,7 +294,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "outer.product_precision",
-        lambda c: c.outer.product_precision == "highest" or not is_audit(c),
+        lambda c: c.outer.product_precision == "highest" or not leads_to_audit(c),
         "audit judges estimates by exact hypergradients, whose products have the highest precision: leave it at "
         "highest",
     ),
@@ -521,7 +534,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "target.coefficients",
-        lambda c: not is_audit(c) or 0 not in c.target.coefficients,
+        lambda c: not leads_to_audit(c) or 0 not in c.target.coefficients,
         "a target of coefficient 0 is reported beside the validation loss, and audit reports none by itself: leave it "
         "out",
     ),
@@ -687,7 +700,13 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "audit.estimators",
-        lambda c: not is_audit(c) or "implicit" not in c.audit.estimators or c.outer.proximal > 0,
+        lambda c: (
+            not leads_to_audit(c)
+            or "implicit" not in c.audit.estimators
+            or c.outer.proximal > 0
+            or hasattr(c, "tune")
+            and c.audit.estimators == AuditSection().estimators  # tuned.yaml leaves it out
+        ),
         "implicit needs outer.proximal above 0 (try 0.01), which all estimators then train with",
     ),
     (

@@ -587,11 +587,13 @@ def check_finite(
     Otherwise a FloatingPointError that says where it began: `explain` takes the steps up to that one again. Of several
     processes all call this, and go by the numbers of the first.
     """
+    if not losses:  # in all processes
+        return {}
     values = dict(
         zip(losses, fetch_from_first(np.array([float(loss) for loss in losses.values()])).tolist(), strict=True)
     )
     step = next((step for step, value in values.items() if not np.isfinite(value) and not allow_nonfinite), None)
-    if step is None and (not values or fetch_from_first(_all_finite(params))):
+    if step is None and fetch_from_first(_all_finite(params)):
         return values
     what = f"the training loss is {values[step]}" if step is not None else "the parameters are not finite"
     last = max(values) if step is None else step

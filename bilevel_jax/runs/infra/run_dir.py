@@ -284,12 +284,15 @@ def read_when_seen(path: str | Path, read: Callable[[], ResultT], *, by_any: boo
             if not is_awaited or not _may_be_late(error):
                 raise
             if time.monotonic() > end:
-                problem = error.problem if isinstance(error, seals.DamagedFileError) else "it is missing"
+                problem, remedy = "it is missing", ""
+                if isinstance(error, seals.DamagedFileError):
+                    problem, remedy = error.problem, error.remedy
+                after = f" If it is refused again: {remedy}" if remedy else ""
                 raise FileNotFoundError(
                     f"{path}: process {distributed.process_number()} on {socket.gethostname()} waited "
                     f"{SEEN_SECONDS:.0f} s, and does not see what another process wrote there ({problem}). A network "
                     "disk may show it later (NFS: mount it with a smaller actimeo), or the processes do not see one "
-                    "folder: give an --out that they share. Remove nothing, and go on with --resume."
+                    f"folder: give an --out that they share. Remove nothing, and go on with --resume.{after}"
                 ) from error
         time.sleep(pause)
         pause = min(2 * pause, LAST_POLL_SECONDS)

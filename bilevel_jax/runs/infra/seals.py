@@ -34,10 +34,10 @@ _SEAL_KEY = b', "seal": "'
 
 
 class DamagedFileError(ValueError):
-    """A file does not hold what was written to it; `problem` is the error's text without what helps."""
+    """A file does not hold what was written to it; `problem` is the error's text without the `remedy`."""
 
     def __init__(self, problem: str, remedy: str = ""):
-        self.problem = problem
+        self.problem, self.remedy = problem, remedy
         super().__init__(f"{problem} {remedy}" if remedy else problem)
 
 

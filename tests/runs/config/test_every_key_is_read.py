@@ -26,6 +26,7 @@ LEAVES = sorted(
 READ_BY_CONFIG = {
     "estimate.command": "decides in runs/config/load.py which command's config is read",
     "refine.generator": "`trains_generator` of runs/config/rules.py reads it for everyone",
+    "tune.command": "`choose_command_after_tune` of runs/config/rules.py reads it for everyone",
 }
 """Keys that nothing outside of runs/config reads, with the reason."""
 SAME_HASH = {

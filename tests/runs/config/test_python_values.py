@@ -114,7 +114,7 @@ def test_estimate_finds_out_which_command_a_config_is_for():
         (GIVEN, {}, "the config may be a config of select or train or compare or audit: choose one by --estimate.com"),
         (GIVEN, {"estimate": {"device": 2}}, "estimate: unknown key 'estimate.device'; did you mean 'devices'?"),
         (GIVEN, {"estimate.devices": -1}, "the arguments of estimate: estimate.devices = -1: must be 0 "),
-        ({"rank": {}}, {}, "the config is a config of none of select, train, compare, audit, which can be est"),
+        ({"rank": {}}, {}, "the config is a config of none of select, train, compare, audit, tune, which can"),
         (EstimateConfig(), {}, "a EstimateConfig was given"),
     ):
         with pytest.raises(ValueError) as caught:
