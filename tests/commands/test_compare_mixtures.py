@@ -190,7 +190,7 @@ def test_a_proxy_run_that_diverges_is_left_out_and_told(config, tmp_path, monkey
     assert failure.startswith("proxy run 3 of 5: the training loss is") and "Lower" not in failure
     assert len(cell["trail"]) == 5 and cell["passes"] > 4 * 6
     page = (tmp_path / "run/report.html").read_text()
-    assert "proxy_fit, seed 0: 1 training diverged and left out of its fit" in page and "proxy run 3 of 5" in page
+    assert "proxy_fit, seed 0: 1 training diverged, which its fit leaves out" in page and "proxy run 3 of 5" in page
     logged = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["left_out"] for line in logged if line["event"] == "mixing_law"] == [1]
     trained.clear(), broken.add(3)

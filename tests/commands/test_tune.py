@@ -73,7 +73,7 @@ def test_the_proposed_setting_is_ready_for_the_next_command(whole):
     assert "--optimizer.learning-rate 0.003" in result.summary and "BELIEVE" in result.summary
     assert bj.commands.read_result(result.folder).summary == result.summary
     page = result.report.read_text()
-    assert "can only take a BELIEVE away" in page and "2 settings were measured with the same draws" in page
+    assert "can only take a BELIEVE away" in page and "of so many tries one may hold by chance" in page
     assert "too low" in page and "Test has chosen nothing" in page and page.count("<svg") == 1
     with pytest.raises(FileExistsError):
         bj.commands.tune(result.folder / "config.yaml")

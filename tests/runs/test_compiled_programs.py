@@ -71,7 +71,7 @@ def test_what_was_cut_short_is_removed_and_nothing_else(tmp_path):
     compiled_programs.remove_cut_short(tmp_path)
     left = [".checked", "notes.txt", "whole-cache"]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
-    for name, age in (("old", 99), ("late", 30), ("new", -9)):  # what was there long before the last check is not read again
+    for name, age in (("old", 99), ("late", 30), ("new", -9)):  # nothing of long before is read again
         (tmp_path / f"{name}-cache").write_bytes(whole[:9])
         time = (tmp_path / ".checked").stat().st_mtime - age
         os.utime(tmp_path / f"{name}-cache", (time, time))

@@ -85,7 +85,7 @@ def _list_ends(rows: list[JsonObject]) -> list[str]:
 def _list_left_out(rows: list[JsonObject]) -> list[str]:
     """How many trainings diverged and were left out by each method and seed, and why the first did."""
     return [
-        f"{row['name']}, seed {seed}: {format_count('training', len(failures))} diverged and left out of its fit. "
+        f"{row['name']}, seed {seed}: {format_count('training', len(failures))} diverged, which its fit leaves out. "
         f"The first is {failures[0]}."
         for row in rows
         for seed, cell in enumerate(row["runs"])

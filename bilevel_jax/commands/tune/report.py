@@ -185,16 +185,10 @@ def list_costs(result: JsonObject) -> list[str]:
         sentences.append(f"The least {result['part']} loss of all is {loss:.4f}, with {least['name']}.")
     if result["part"] == "validation":
         sentences.append("Validation steers the weights, too: give data.dev for a loss that does not.")
-    measured = sum(trial["draw"] is not None for trial in result["rows"])
     sentences.append(
         f"Of a setting whose first draw of metasmoothness is below {PROMISING} no more are made, and that draw is one "
         "of those that its verdict rests on: this can only take a BELIEVE away."
     )
-    if measured > 1:
-        sentences.append(
-            f"But {measured} settings were measured with the same draws, so one may hold by chance; `select` repeats "
-            "these draws, and with another data.seed it makes others."
-        )
     if row["losses"].get("test") is not None:
         sentences.append("Test has chosen nothing.")
     if row["cost_factor"] != 1:
