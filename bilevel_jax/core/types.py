@@ -29,7 +29,7 @@ Linearization = Callable[[list[Array], Params], tuple[Params, HyperSlice]]
 functions take and return."""
 Scalar = Float[Array, ""]
 Fetch = Callable[[Array], np.ndarray]
-"""Brings a number by which the host decides from the devices."""
+"""Brings all of an array from the devices to the host."""
 
 PADDING = 2**31 - 1
 """The index of an empty example slot: beyond any table, so reading it gives weight 0 and adding to it does nothing."""

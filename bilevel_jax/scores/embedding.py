@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import sparse
 
-from bilevel_jax.core.types import Params
+from bilevel_jax.core.types import Fetch, Params
 from bilevel_jax.lm.data.examples import Example, example_kind
 from bilevel_jax.lm.models.decoder import Decoder
 from bilevel_jax.scores.requests import TokenizedExamples
@@ -78,9 +78,7 @@ def tfidf(candidates: TokenizedExamples, holdout: TokenizedExamples) -> tuple[Ve
     return index.vectors(candidates.examples), index.vectors(holdout.examples)
 
 
-def hidden_states(
-    decoder: Decoder, params: Params, batch_size: int = 16, fetch: Callable[[jax.Array], np.ndarray] = np.asarray
-) -> Embedding:
+def hidden_states(decoder: Decoder, params: Params, batch_size: int = 16, fetch: Fetch = np.asarray) -> Embedding:
     """The mean of the last hidden states over the tokens before the first target; of a text row, over all its tokens.
 
     Their cosines are large for any two texts, so near-duplicates are found by `tfidf` whatever the embedding.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from bilevel_jax.core.types import Batch, Params
+from bilevel_jax.core.types import Batch, Fetch, Params
 from bilevel_jax.lm.models.decoder import Decoder
 
 TokenIds = tuple[int, ...]
@@ -22,7 +22,7 @@ def response_similarity(
     max_batch_tokens: int = 4096,
     batch_size_multiple: int = 1,
     place_batch: Callable[[Batch], Batch] = lambda batch: batch,
-    fetch: Callable[[jax.Array], np.ndarray] = np.asarray,
+    fetch: Fetch = np.asarray,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> ResponseSimilarity:
     """a(y, y') = the mean, over the hidden states h of all layers, of cos(mean_t h(y)_t, mean_t h(y')_t), at most 1.

@@ -44,7 +44,7 @@ certify: {{step_sizes: [0.1], removed: [0.5], draws: 2}}
 output: {{progress: false}}
 mesh: {{data: 1}}
 """
-TUNE = """
+TUNE_TASK = """
 data: {{train: ['{made}/blobs.npz']}}
 arrays:
   {{hidden_sizes: [4], activation: tanh, train_examples: 40, validation_examples: 16, dev_examples: 16,
@@ -52,13 +52,17 @@ arrays:
 optimizer: {{name: sgd, learning_rate: 30.0, schedule: constant, warmup_steps: 0}}
 train: {{max_steps: 4, global_batch_size: 20}}
 outer: {{steps: 1}}
-tune:
+"""
+TUNE = (
+    TUNE_TASK
+    + """tune:
   {{learning_rates: [0.01, 0.0001], warmup_shares: [0.5], clip_norms: [], batch_sizes: [2], activations: [],
    max_loss_increase: 9}}
 certify: {{step_sizes: [0.1], removed: [0.5], draws: 2}}
 output: {{progress: false}}
 mesh: {{data: 1}}
 """
+)
 PAIRS = "--data.train {made}/pairs.jsonl --data.validation {made}/pairs_report.jsonl --data.dev"
 SELECT_PAIRS = (
     "--data.train {made}/pairs.jsonl --data.validation {made}/pairs_validation.jsonl --data.test "

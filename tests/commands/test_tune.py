@@ -14,29 +14,26 @@ from bilevel_jax.commands.tune.search import Outcome, Trained, Trial
 from bilevel_jax.core.certify import Verdict
 from bilevel_jax.runs.config.load import AuditConfig, SelectConfig, TuneConfig, load_config
 from bilevel_jax.runs.infra import distributed
+from tests.commands.run_table import TUNE_TASK
 from tests.runs import blobs
 
-CONFIG = """
-data: {{train: ['{path}']}}
-arrays:
-  {{hidden_sizes: [4], activation: tanh, train_examples: 40, validation_examples: 16, dev_examples: 16,
-   test_examples: 20}}
-optimizer: {{name: sgd, learning_rate: 30.0, schedule: constant, warmup_steps: 0}}
-train: {{max_steps: 4, global_batch_size: 20}}
-outer: {{steps: 1}}
-tune:
+CONFIG = (
+    TUNE_TASK
+    + """tune:
   {{learning_rates: [0.0001], warmup_shares: [], clip_norms: [], batch_sizes: [], activations: [],
    max_loss_increase: 9}}
 certify: {{step_sizes: [0.1], removed: [0.5], draws: 1}}
 output: {{progress: false}}
 mesh: {{data: 1}}
 """
+)
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("blobs")
-    (folder / "tune.yaml").write_text(CONFIG.format(path=blobs.write(folder / "blobs.npz")))
+    blobs.write(folder / "blobs.npz")
+    (folder / "tune.yaml").write_text(CONFIG.format(made=folder))
     return folder / "tune.yaml"
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from bilevel_jax.core.types import Batch, Params
+from bilevel_jax.core.types import Batch, Fetch, Params
 from bilevel_jax.lm.inference.padding import BatchShapes, pad_left
 from bilevel_jax.lm.inference.sampling import SamplingParams, log_probabilities, make_draw_keys, sample_tokens
 from bilevel_jax.lm.models.cache import EMPTY_POSITION, KVCache, write_cache
@@ -257,7 +257,7 @@ class ContinuousBatching:
     sampling: SamplingParams
     shapes: BatchShapes
     place: Callable[[Batch], Batch]
-    fetch: Callable[[Array], np.ndarray]
+    fetch: Fetch
 
     def generate(
         self, params: Params, plan: BatchPlan, known_counts: Mapping[Request, int]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
-from bilevel_jax.core.types import Batch, Params
+from bilevel_jax.core.types import Batch, Fetch, Params
 from bilevel_jax.lm.inference.continuous_batching import (
     ContinuousBatching,
     Programs,
@@ -85,7 +85,7 @@ def make_sampler(
     bucket_lengths: Sequence[int] = (),
     row_multiple: int = 1,
     place: Callable[[Batch], Batch] = lambda batch: batch,
-    fetch: Callable[[Array], np.ndarray] = np.asarray,
+    fetch: Fetch = np.asarray,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sampler:
     """The sampler of a decoder: its compiled program lives as long as it does, whatever the parameters.

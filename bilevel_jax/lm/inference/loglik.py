@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from bilevel_jax.core.types import Batch, Params
+from bilevel_jax.core.types import Batch, Fetch, Params
 from bilevel_jax.lm.inference.padding import BatchShapes, make_buckets, pad_left
 from bilevel_jax.lm.inference.prefixes import find_shared_prefixes
 from bilevel_jax.lm.losses.sft import negative_log_likelihood
@@ -89,7 +89,7 @@ def make_loglik_scorer(
     row_multiple: int = 1,
     chunk: int = 4096,
     place: Callable[[Batch], Batch] = lambda batch: batch,
-    fetch: Callable[[Array], np.ndarray] = np.asarray,
+    fetch: Fetch = np.asarray,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LogLikScorer:
     """The scorer of a decoder: its compiled functions live as long as it does, whatever the parameters.
@@ -188,7 +188,7 @@ class _LogLikEngine:
     shapes: BatchShapes
     share_prefixes: bool
     place: Callable[[Batch], Batch]
-    fetch: Callable[[Array], np.ndarray]
+    fetch: Fetch
     progress: Callable[[int, int], None]
 
     def resume(self, params: Params, requests: Sequence[LogLikRequest], store: LogLikStore) -> list[LogLik]:

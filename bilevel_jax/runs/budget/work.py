@@ -245,26 +245,24 @@ class TuneCosts(NamedTuple):
 
 def count_tune_costs(task: Task, outer: OuterSection, certify: CertifySection) -> TuneCosts:
     """What a setting costs at each stage of the search, with the batches of the config."""
-    stage = _tune_gradient_stage(task, outer)
-    gradient = stage.work / task.num_steps
-    highest = _product_error_stage(outer, stage).work / task.num_steps
+    estimate, beside_first = _tune_gradient_stages(task, outer)
+    gradient = estimate.work / task.num_steps
     retrains, more_draws = count_certificate_retrains(certify), count_certificate_estimates(certify) - 1
     certificates = certify.retrains + more_draws * gradient
-    halves = _tune_halves_work(task, outer) / task.num_steps
-    return TuneCosts(1.0, 2 * gradient + highest + halves, retrains - certify.retrains, certificates)
+    draw = 2 * gradient + beside_first.work / task.num_steps
+    return TuneCosts(1.0, draw, retrains - certify.retrains, certificates)
 
 
 def tune_run_stages(task: Task, config: TuneConfig) -> list[WorkStage]:
     """The stages of a `tune` run, at most: the config's own setting, a training for each learning rate, and what
     tune.budget leaves for certifying these and for other settings."""
     outer, certify, steps = config.outer, config.certify, task.num_steps
-    estimates, estimate = count_certificate_estimates(certify) + 1, _tune_gradient_stage(task, outer)
+    estimate, beside_first = _tune_gradient_stages(task, outer)
     own = _add_stages(
         "the config's own setting and its certificates",
         WorkStage("", forward_steps=(1 + count_certificate_retrains(certify)) * steps),
-        estimate.repeat(estimates, ""),
-        _product_error_stage(outer, estimate),
-        WorkStage("", other_work=_tune_halves_work(task, outer)),
+        estimate.repeat(count_certificate_estimates(certify) + 1, ""),
+        beside_first,
     )
     left = max(0.0, config.tune.budget * steps - own.work)
     rates = WorkStage(
@@ -274,18 +272,15 @@ def tune_run_stages(task: Task, config: TuneConfig) -> list[WorkStage]:
     return [own, *(stage for stage in (rates, rest) if stage.work)]
 
 
-def _tune_gradient_stage(task: Task, outer: OuterSection) -> WorkStage:
-    """A training and its hypergradient: of `implicit` at most, with all batches, as the budget is a bound."""
-    training, epoch_steps = WorkStage("", forward_steps=task.num_steps), _count_epoch_steps(task, outer)
+def _tune_gradient_stages(task: Task, outer: OuterSection) -> tuple[WorkStage, WorkStage]:
+    """(a training and its hypergradient, what is measured beside the first one of a setting): of `implicit` at most,
+    with all batches, as the budget is a bound."""
+    steps, epoch_steps = task.num_steps, _count_epoch_steps(task, outer)
     if outer.method == "implicit":
         outer = dataclasses.replace(outer, curvature_batches=epoch_steps)
-    return _add_stages("", training, _hypergradient_stage(outer, task.num_steps, epoch_steps))
-
-
-def _tune_halves_work(task: Task, outer: OuterSection) -> float:
-    """What the reliability adds to the first hypergradient of a setting."""
-    losses = 3 if "dev" in task.held_out_streams else 1
-    return EXTRA_LOSS_WORK * losses * task.num_steps if outer.reliability_every else 0.0
+    estimate = _add_stages("", WorkStage("", forward_steps=steps), _hypergradient_stage(outer, steps, epoch_steps))
+    reliability = _reliability_stage(task, outer, steps, epoch_steps).repeat(bool(outer.reliability_every), "")
+    return estimate, _add_stages("", _product_error_stage(outer, estimate), reliability)
 
 
 def count_compare_work(task: Task, config: CompareConfig, labels: KnownLabels | None) -> list[WorkStage]:
